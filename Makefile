@@ -1,0 +1,98 @@
+# Everything from a fresh machine with Python, a C++ compiler and make. Each step leaves a stamp file in the virtual
+# environment and is taken again only when what it depends on has changed.
+
+VENV ?= .venv
+TORCH ?= 2.13.0
+PYTHON ?= $(firstword $(foreach python,python3.11 python3,$(shell $(python) -c 'print("$(python)")' 2>/dev/null)) python3)
+
+bin := $(VENV)/bin
+pip := $(bin)/python -m pip --disable-pip-version-check -q
+tools := $(VENV)/.fastseq-tools
+torch := $(VENV)/.fastseq-torch-$(TORCH)
+built := $(VENV)/.fastseq-built
+linters := $(VENV)/.fastseq-linters
+sources := $(shell find csrc cmake -name '*.h' -o -name '*.cpp' -o -name '*.in') CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: help install test demo bench lint format test-asan test-aarch64 clean FORCE
+
+help:
+	@echo 'make demo          train a character language model with fastseq next to torch.nn'
+	@echo 'make test          run the tests'
+	@echo 'make bench         a quick table of timings against torch.nn'
+	@echo 'make install       build, and install into the virtual environment (all of the above do this first)'
+	@echo 'make lint          check the style of the Python and C++ code; make format repairs it'
+	@echo 'make test-asan     the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make test-aarch64  the kernel tests, cross-compiled for aarch64 and run under qemu-user'
+	@echo 'make clean         remove everything that was built (the virtual environment stays)'
+	@echo
+	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) choose the interpreter, the virtual environment and the version of'
+	@echo 'torch; ARGS="..." is passed on to pytest, demo and bench; MAX_JOBS and CXX to the build.'
+
+install: $(built)
+
+test: $(built)
+	$(bin)/python -m pytest $(ARGS)
+
+demo: $(built)
+	$(bin)/python -m fastseq demo $(ARGS)
+
+bench: $(built)
+	$(bin)/python -m fastseq bench $(ARGS)
+
+lint: $(linters)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format --dry-run --Werror
+
+format: $(linters)
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format -i
+
+# ---- Set-up ----------------------------------------------------------------------------------------------------------
+$(tools):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo 'fastseq needs Python 3.10 or newer: choose one with PYTHON=/path/to/python3.'; exit 1; }
+	@$(bin)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
+	    { echo 'This Python cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv).'; exit 1; }
+	$(pip) install 'setuptools>=77' cmake ninja
+	@touch $@
+
+$(torch): $(tools)
+	@rm -f $(VENV)/.fastseq-torch-*
+	$(bin)/python -m pip --disable-pip-version-check install torch==$(TORCH)
+	@touch $@
+
+$(built): $(torch) $(sources) build/made-for
+	@echo 'Building fastseq: a minute or two the first time.'
+	$(pip) install --no-build-isolation -e '.[demo,test]'
+	@touch $@
+
+$(linters): $(built)
+	$(pip) install --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# The libraries lie in the tree, so another environment or another torch has to build them again.
+build/made-for: FORCE
+	@mkdir -p build
+	@echo '$(abspath $(VENV)) torch $(TORCH)' | cmp -s - $@ || echo '$(abspath $(VENV)) torch $(TORCH)' > $@
+
+# ---- The kernels alone, without torch ---------------------------------------------------------------------------------
+# $(call kernel_tests,NAME,CMAKE OPTIONS)
+define kernel_tests
+	PATH='$(abspath $(bin))':"$$PATH" && \
+	cmake -S . -B build/kernels-$(1) -G Ninja -DFASTSEQ_TORCH=OFF $(2) && \
+	cmake --build build/kernels-$(1) && \
+	ctest --test-dir build/kernels-$(1) --verbose
+endef
+
+test-asan: $(tools)
+	$(call kernel_tests,asan,-DFASTSEQ_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo)
+
+test-aarch64: $(tools)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || \
+	    { echo "$$tool is missing: install it (Debian: apt install g++-aarch64-linux-gnu qemu-user)."; exit 1; }; done
+	$(call kernel_tests,aarch64,-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake)
+
+clean:
+	rm -rf build dist fastseq.egg-info fastseq/*.so .pytest_cache .ruff_cache .hypothesis

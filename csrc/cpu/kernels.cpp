@@ -1,0 +1,71 @@
+// Compiled once for each instruction set, with FASTSEQ_ISA_NAMESPACE set to its name. Everything with code in it is
+// included inside that namespace: an inline function compiled for AVX-512 must never be the copy the linker keeps for
+// another instruction set. For the same reason no standard-library template is used here.
+#include <sched.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <new>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "dispatch.h"
+
+extern "C" {  // libgomp, the OpenMP runtime of torch (parallel.h)
+void GOMP_parallel(void (*region)(void*), void* data, unsigned threads, unsigned flags);
+int omp_in_parallel(void);
+int omp_get_thread_num(void);
+int omp_get_num_threads(void);
+}
+
+#define FASTSEQ_INLINE inline __attribute__((always_inline))
+#define FASTSEQ_STRING_(x) #x
+#define FASTSEQ_STRING(x) FASTSEQ_STRING_(x)
+
+namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
+
+#include "vec.h"
+#include "vec_math.h"
+#include "../cells.h"
+#include "panel.h"
+#include "parallel.h"
+#include "workspace.h"
+#include "rnn_driver.h"
+#include "rnn_forward.h"
+#include "rnn_backward.h"
+
+template <class T, Vec<T> (*F)(Vec<T>)>
+void map(const T* x, T* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vec<T>::size) F(Vec<T>::load(x + i, n - i)).store(y + i, n - i);
+}
+
+template <class T>
+constexpr TypedKernels<T> typed_kernels() {
+  return {
+#define X(name, type) rnn_forward<type, T>,
+      {FASTSEQ_FOR_EACH_CELL(X)},
+#undef X
+#define X(name, type) rnn_backward<type, T>,
+      {FASTSEQ_FOR_EACH_CELL(X)},
+#undef X
+      map<T, exp<T>>,
+      map<T, sigmoid<T>>,
+      map<T, tanh<T>>,
+  };
+}
+
+extern const Kernels kTable;
+const Kernels kTable = {
+    FASTSEQ_STRING(FASTSEQ_ISA_NAMESPACE),
+#define X(name, type) {#name, type::gates, type::kept, type::cell_state},
+    {FASTSEQ_FOR_EACH_CELL(X)},
+#undef X
+    typed_kernels<float>(),
+    typed_kernels<double>(),
+};
+
+}  // namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE

@@ -1,0 +1,330 @@
+// The backward driver: backpropagation through time of one layer, all directions, any cell.
+//
+//   for each chunk of steps, last first:
+//     for each step, last first:  dh = d_output + carry;  dg = Cell::update_backward;  carry += dgh W_hh
+//     dx = dgx W_ih;  dW_ih += dgx^T x;  dW_hh += dgh^T h_prev;  db += column sums; one GEMM or reduction each
+//
+// carry is dL/dh of a row's earlier step; at the end of the walk it is dL/dh0. A row that is not alive yet holds dL/dh_n.
+#pragma once
+
+// out[j] (+)= sum over rows of a[row][j], in chains of kChain rows.
+template <class T>
+void column_sums(int threads, const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* out) {
+  using V = Vec<T>;
+  const int64_t vectors = (columns + V::size - 1) / V::size;
+  parallel_for(rows * columns >= kUnitsToShare ? threads : 1, vectors, [&](int64_t i) {
+    const int64_t j = i * V::size, valid = columns - j;
+    V total = accumulate ? V::load(out + j, valid) : V(0);
+    for (int64_t r0 = 0; r0 < rows; r0 += kChain) {
+      V sum(0);
+      for (int64_t r = r0; r < rows && r < r0 + kChain; ++r) sum = sum + V::load(a + r * lda + j, valid);
+      total = total + sum;
+    }
+    total.store(out + j, valid);
+  });
+}
+
+template <class Cell, class T>
+class BackwardDirection {
+ public:
+  using V = Vec<T>;
+  using Shape = PanelShape<T, 1>;
+
+  void prepare(const RnnBackward<T>& p, int direction, int64_t chunk_steps) {
+    p_ = &p;
+    d_ = direction;
+    walk_ = {&p.schedule, direction == 1};
+    w_ = p.weights[direction];
+    H_ = p.hidden_size;
+    GH_ = Cell::gates * H_;
+    hout_ = p.out_size();
+    ldo_ = p.directions * hout_;
+    ldg_ = Cell::grads * H_;
+    packed_ = p.schedule.steps >= kStepsToPack;
+    const int64_t B = p.schedule.batch;
+    const int64_t chunk_rows = (chunk_steps < p.schedule.steps ? chunk_steps : p.schedule.steps) * B;
+    dg_.allocate(chunk_rows * ldg_);
+    carry_.allocate(B * hout_);
+    copy_or_zero(carry_.get(), p.d_h_n ? p.d_h_n + d_ * B * hout_ : nullptr, B * hout_);
+    if (Cell::cell_state) {
+      dc_.allocate(B * H_);
+      copy_or_zero(dc_.get(), p.d_c_n ? p.d_c_n + d_ * B * H_ : nullptr, B * H_);
+    }
+    zeros_.zeros(H_ > hout_ ? H_ : hout_);
+    if (packed_) panels_.allocate(Shape::blocks(hout_) * Shape::panel_numbers(GH_));
+    if (p.proj_size) {
+      d_projected_.allocate(chunk_rows * hout_);
+      if (packed_) {
+        proj_panels_.allocate(Shape::blocks(H_) * Shape::panel_numbers(hout_));
+      } else {
+        d_emitted_.allocate(B * H_);
+      }
+    }
+    if (p.schedule.batch_sizes && p.grads[d_].w_hh) h_prev_.allocate(chunk_rows * hout_);
+    int64_t k = 0;
+    for (const GateRun& run : Cell::hidden_runs) hidden_[k++] = {run.plane * H_, run.count * H_};
+  }
+
+  int64_t panels() const {
+    return packed_ ? Shape::blocks(hout_) + (p_->proj_size ? Shape::blocks(H_) : 0) : 0;
+  }
+  void pack(int64_t i) {
+    const int64_t blocks = Shape::blocks(hout_);
+    if (i < blocks) {
+      pack_straight(w_.w_hh, hout_, GH_, i, panels_.get() + i * Shape::panel_numbers(GH_));
+    } else {
+      i -= blocks;
+      pack_straight(w_.w_hr, H_, hout_, i, proj_panels_.get() + i * Shape::panel_numbers(hout_));
+    }
+  }
+
+  void begin_chunk(int64_t s0, int64_t s1) { rows_ = walk_.packed_rows(s0, s1); }
+
+  void run(int64_t s0, int64_t s1, Range mine, int member, int members, Barrier& barrier) {
+    const Range units = part(Shape::blocks(H_), member, members);
+    const Range outputs = part(Shape::blocks(hout_), member, members);
+    for (int64_t s = s1 - 1; s >= s0; --s) {
+      const int64_t t = walk_.time(s);
+      Segment pieces[2];
+      const int n = segments(walk_, t, mine, pieces);
+      const Range rows = n ? Range{pieces[0].rows.begin, pieces[n - 1].rows.end} : Range{0, 0};
+      if (p_->proj_size) {
+        add_output_gradient(t, rows, outputs);
+        barrier.wait(members);
+      }
+      for (int i = 0; i < n; ++i) step(t, pieces[i], units);
+      barrier.wait(members);
+      // Past the first step of the walk the product is dL/dh0, which nobody may have asked for.
+      if (s > 0 || p_->d_h0) carry_back(t, rows, outputs);
+    }
+  }
+
+  // What the chunk's dg gives, one GEMM or reduction each; `first` overwrites, later chunks add.
+  void gradients(bool first, bool add_to_dx) {
+    const int64_t rows = rows_.end - rows_.begin, I = p_->input_size;
+    const DirectionGrads<T>& out = p_->grads[d_];
+    const T beta = first ? T(0) : T(1);
+    if (p_->dx)
+      p_->gemm(false, false, rows, I, GH_, dg_.get(), ldg_, w_.w_ih, I, add_to_dx ? T(1) : T(0),
+               p_->dx + rows_.begin * I, I);
+    if (out.w_ih)
+      p_->gemm(true, false, GH_, I, rows, dg_.get(), ldg_, p_->x + rows_.begin * I, I, beta, out.w_ih, I);
+    if (out.w_hh) weight_hh(first, out.w_hh);
+    if (out.w_hr)
+      p_->gemm(true, false, hout_, H_, rows, d_projected_.get(), hout_, p_->emitted[d_] + rows_.begin * H_, H_, beta,
+               out.w_hr, H_);
+    if (out.b_ih) column_sums(p_->threads, dg_.get(), ldg_, rows, GH_, !first, out.b_ih);
+    if (out.b_hh)
+      for (const GateRun& run : Cell::hidden_runs)
+        column_sums(p_->threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first,
+                    out.b_hh + run.gate * H_);
+  }
+
+  void finish() {
+    const int64_t B = p_->schedule.batch;
+    if (p_->d_h0) memcpy(p_->d_h0 + d_ * B * hout_, carry_.get(), B * hout_ * sizeof(T));
+    if (Cell::cell_state && p_->d_c0) memcpy(p_->d_c0 + d_ * B * H_, dc_.get(), B * H_ * sizeof(T));
+  }
+
+ private:
+  const T* output_row(int64_t n) const { return p_->output + n * ldo_ + d_ * hout_; }
+  T* dg_row(int64_t n) const { return dg_.get() + (n - rows_.begin) * ldg_; }
+  const T* initial_h() const { return p_->h0 ? p_->h0 + d_ * p_->schedule.batch * hout_ : nullptr; }
+  const T* initial_c() const { return p_->c0 ? p_->c0 + d_ * p_->schedule.batch * H_ : nullptr; }
+
+  // dh of the projected output, kept for dW_hr.
+  void add_output_gradient(int64_t t, Range rows, Range blocks) {
+    const int64_t n0 = p_->schedule.offset(t);
+    const int64_t j0 = blocks.begin * Shape::units, j1 = blocks.end * Shape::units;
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      T* carry = carry_.get() + r * hout_;
+      T* to = d_projected_.get() + (n0 + r - rows_.begin) * hout_;
+      const T* d_output = p_->d_output ? p_->d_output + (n0 + r) * ldo_ + d_ * hout_ : zeros_.get();
+      for (int64_t j = j0; j < (j1 < hout_ ? j1 : hout_); ++j) {
+        to[j] = carry[j] + d_output[j];
+        carry[j] = T(0);
+      }
+    }
+  }
+
+  void step(int64_t t, const Segment& piece, Range units) {
+    const int64_t n0 = p_->schedule.offset(t);
+    const int64_t from = p_->schedule.offset(walk_.previous(t).from);
+    // Where a row's predecessor keeps h and c; row r is at + r * ld.
+    const T* h_prev = piece.initial ? initial_h() : output_row(from);
+    const int64_t ldh = piece.initial ? hout_ : ldo_;
+    const T* c_prev = nullptr;
+    int64_t ldc = 0;
+    if constexpr (Cell::cell_state) {
+      c_prev = piece.initial ? initial_c() : p_->kept[d_] + from * Cell::kept * H_ + (Cell::kept - 1) * H_;
+      ldc = piece.initial ? H_ : Cell::kept * H_;
+    }
+    const auto pointwise = [&](int64_t r, int64_t j, V dh) {
+      update_backward(n0 + r, r, j, dh, h_prev ? h_prev + r * ldh : zeros_.get(),
+                      c_prev ? c_prev + r * ldc : zeros_.get());
+    };
+    if (p_->proj_size) {
+      for_each_emitted_gradient(n0, piece.rows, units, pointwise);
+      return;
+    }
+    const int64_t j0 = units.begin * Shape::units, j1 = units.end * Shape::units;
+    const int64_t count = piece.rows.end - piece.rows.begin;
+    parallel_for(shared_pointwise(count), count, [&](int64_t i) {
+      const int64_t r = piece.rows.begin + i;
+      const T* d_output = p_->d_output ? p_->d_output + (n0 + r) * ldo_ + d_ * hout_ : zeros_.get();
+      for (int64_t j = j0; j < (j1 < H_ ? j1 : H_); j += V::size) {
+        const int64_t valid = H_ - j;
+        pointwise(r, j, V::load(d_output + j, valid) + V::load(carry_.get() + r * hout_ + j, valid));
+      }
+    });
+  }
+
+  // Steps that are GEMM calls run on the caller's thread alone: their pointwise part gets a team of its own.
+  int shared_pointwise(int64_t rows) const { return !packed_ && rows * H_ >= kUnitsToShare ? p_->threads : 1; }
+
+  // dL/dm = dh W_hr, handed on a vector at a time.
+  template <class Use>
+  void for_each_emitted_gradient(int64_t n0, Range rows, Range units, const Use& use) {
+    const T* dh = d_projected_.get() + (n0 - rows_.begin) * hout_;
+    if (!packed_) {
+      const int64_t count = rows.end - rows.begin;
+      p_->gemm(false, false, count, H_, hout_, dh + rows.begin * hout_, hout_, w_.w_hr, H_, T(0), d_emitted_.get(), H_);
+      parallel_for(shared_pointwise(count), count, [&](int64_t i) {
+        for (int64_t j = 0; j < H_; j += V::size)
+          use(rows.begin + i, j, V::load(d_emitted_.get() + i * H_ + j, H_ - j));
+      });
+      return;
+    }
+    const KPiece k[1] = {{0, hout_}};
+    for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
+      const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
+      for_each_block<1>(dh + r0 * hout_, hout_, count, k, 1, proj_panels_.get(), hout_, units.begin, units.end,
+                        [&](int64_t block, const T* sums, int64_t ld_sums) {
+                          for (int64_t i = 0; i < count; ++i)
+                            for (int u = 0; u < Shape::unit_vectors; ++u) {
+                              const int64_t j = block * Shape::units + u * V::size;
+                              if (j >= H_) break;
+                              use(r0 + i, j, V::load(sums + i * ld_sums + u * V::size));
+                            }
+                        });
+    }
+  }
+
+  FASTSEQ_INLINE void update_backward(int64_t n, int64_t r, int64_t j, V dh, const T* h_prev, const T* c_prev) {
+    const int64_t valid = H_ - j;
+    V keep[Cell::kept + 1], dg[Cell::grads], h(0), before(0), c_before(0), dc(0);
+    const T* kept = p_->kept[d_] + n * Cell::kept * H_ + j;
+    for (int k = 0; k < Cell::kept; ++k) keep[k] = V::load(kept + k * H_, valid);
+    if constexpr (Cell::reads_h) h = V::load(output_row(n) + j, valid);
+    if constexpr (Cell::reads_h_prev) before = V::load(h_prev + j, valid);
+    if constexpr (Cell::cell_state) {
+      c_before = V::load(c_prev + j, valid);
+      dc = V::load(dc_.get() + r * H_ + j, valid);
+    }
+    const V direct = Cell::update_backward(keep, h, before, c_before, dh, dc, dg);
+    for (int k = 0; k < Cell::grads; ++k) dg[k].store(dg_row(n) + k * H_ + j, valid);
+    if constexpr (Cell::cell_state) dc.store(dc_.get() + r * H_ + j, valid);
+    if (!p_->proj_size) direct.store(carry_.get() + r * hout_ + j, valid);
+  }
+
+  void carry_back(int64_t t, Range rows, Range blocks) {
+    const T* dg = dg_row(p_->schedule.offset(t));
+    if (!packed_) {
+      const int64_t count = rows.end - rows.begin;
+      for (const GateRun& run : Cell::hidden_runs)
+        p_->gemm(false, false, count, hout_, run.count * H_, dg + rows.begin * ldg_ + run.plane * H_, ldg_,
+                 w_.w_hh + run.gate * H_ * hout_, hout_, T(1), carry_.get() + rows.begin * hout_, hout_);
+      return;
+    }
+    for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
+      const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
+      for_each_block<1>(dg + r0 * ldg_, ldg_, count, hidden_, Cell::runs, panels_.get(), GH_, blocks.begin, blocks.end,
+                        [&](int64_t block, const T* sums, int64_t ld_sums) {
+                          for (int64_t i = 0; i < count; ++i)
+                            for (int u = 0; u < Shape::unit_vectors; ++u) {
+                              const int64_t j = block * Shape::units + u * V::size, valid = hout_ - j;
+                              if (valid <= 0) break;
+                              T* carry = carry_.get() + (r0 + i) * hout_ + j;
+                              (V::load(carry, valid) + V::load(sums + i * ld_sums + u * V::size)).store(carry, valid);
+                            }
+                        });
+    }
+  }
+
+  void weight_hh(bool first, T* out) {
+    const Schedule& schedule = p_->schedule;
+    const int64_t B = schedule.batch;
+    if (schedule.batch_sizes) {  // a row's predecessor is at no fixed distance: gather
+      for (int64_t t = 0; t < schedule.steps; ++t) {
+        const int64_t n0 = schedule.offset(t);
+        if (n0 < rows_.begin || n0 >= rows_.end) continue;
+        const Walk::Previous before = walk_.previous(t);
+        for (int64_t r = 0; r < schedule.rows(t); ++r) {
+          const T* from = r < before.carried ? output_row(schedule.offset(before.from) + r)
+                          : initial_h()      ? initial_h() + r * hout_
+                                             : zeros_.get();
+          memcpy(h_prev_.get() + (n0 + r - rows_.begin) * hout_, from, hout_ * sizeof(T));
+        }
+      }
+      accumulate_hh(rows_.begin, rows_.end - rows_.begin, h_prev_.get(), hout_, !first, out);
+      return;
+    }
+    // Dense: h_prev of packed row n is output row n -+ B, but for the first step of the walk.
+    const int64_t edge = walk_.reverse ? (schedule.steps - 1) * B : 0;  // first packed row of that step
+    const bool has_edge = rows_.begin <= edge && edge < rows_.end;
+    bool accumulate = !first;
+    if (has_edge && initial_h()) {
+      accumulate_hh(edge, B, initial_h(), hout_, accumulate, out);
+      accumulate = true;
+    }
+    const int64_t begin = has_edge && !walk_.reverse ? B : rows_.begin;
+    const int64_t end = has_edge && walk_.reverse ? edge : rows_.end;
+    if (end > begin) {
+      accumulate_hh(begin, end - begin, output_row(walk_.reverse ? begin + B : begin - B), ldo_, accumulate, out);
+    } else if (!accumulate) {
+      memset(out, 0, GH_ * hout_ * sizeof(T));
+    }
+  }
+  void accumulate_hh(int64_t n, int64_t rows, const T* h_prev, int64_t ldh, bool accumulate, T* out) {
+    for (const GateRun& run : Cell::hidden_runs)
+      p_->gemm(true, false, run.count * H_, hout_, rows, dg_row(n) + run.plane * H_, ldg_, h_prev, ldh,
+               accumulate ? T(1) : T(0), out + run.gate * H_ * hout_, hout_);
+  }
+
+  const RnnBackward<T>* p_ = nullptr;
+  int d_ = 0;
+  Walk walk_{};
+  DirectionWeights<T> w_;
+  int64_t H_ = 0, GH_ = 0, hout_ = 0, ldo_ = 0, ldg_ = 0;
+  bool packed_ = false;
+  Range rows_{};  // packed rows of the chunk
+  KPiece hidden_[Cell::runs];
+  Workspace<T> panels_, proj_panels_, dg_, carry_, dc_, d_projected_, d_emitted_, zeros_, h_prev_;
+};
+
+template <class Cell, class T>
+void rnn_backward(const RnnBackward<T>& p) {
+  BackwardDirection<Cell, T> directions[2];
+  const int64_t T_ = p.schedule.steps;
+  const int64_t chunk =
+      steps_per_chunk(p.schedule, Cell::grads * p.hidden_size * sizeof(T), kBackwardChunkBytes, 2048);
+  for (int d = 0; d < p.directions; ++d) directions[d].prepare(p, d, chunk);
+  if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
+    const int64_t panels = directions[0].panels();
+    parallel_for(p.threads, panels * p.directions, [&](int64_t i) { directions[i / panels].pack(i % panels); });
+    const double flops = 2.0 * Cell::gates * p.schedule.batch * p.hidden_size * p.out_size();
+    // The directions reach a chunk's rows at different times: then both add to zeros.
+    const bool dx_from_zero = p.directions == 2 && chunk < T_;
+    if (p.dx && dx_from_zero) memset(p.dx, 0, p.schedule.total_rows() * p.input_size * sizeof(T));
+    for (int64_t s1 = T_; s1 > 0; s1 -= chunk) {
+      const int64_t s0 = s1 > chunk ? s1 - chunk : 0;
+      for (int d = 0; d < p.directions; ++d) directions[d].begin_chunk(s0, s1);
+      run_plan(panels ? p.threads : 1, p.schedule, p.directions, flops, panels,
+               [&](int d, Range rows, int member, int members, Barrier& barrier) {
+                 directions[d].run(s0, s1, rows, member, members, barrier);
+               });
+      for (int d = 0; d < p.directions; ++d) directions[d].gradients(s1 == T_, dx_from_zero || d == 1);
+    }
+  }
+  for (int d = 0; d < p.directions; ++d) directions[d].finish();
+}

@@ -1,0 +1,137 @@
+// What the forward and the backward drivers of a recurrent layer share: the order of time, and who computes what.
+#pragma once
+
+// Measured on two cores with and without AVX-512 (docs/performance.md); none changes a result's bits.
+constexpr int64_t kStepsToPack = 8;           // packing costs a few steps: a shorter sequence calls the GEMM each step
+constexpr double kFlopsToShareUnits = 1.0e5;  // a step with less work than this is done before a barrier is
+constexpr int64_t kRowsToShareRows = 6;       // rows a thread needs to be worth its own pass over the weights
+constexpr int64_t kUnitsToShare = 32768;      // elementwise work worth starting a team for
+constexpr int64_t kChunkBytes = 1 << 20;           // gx computed ahead of the steps
+constexpr int64_t kBackwardChunkBytes = 32 << 20;  // dg kept for the weight gradients
+
+template <class T>
+void copy_or_zero(T* to, const T* from, int64_t numbers) {
+  if (from) {
+    memcpy(to, from, numbers * sizeof(T));
+  } else {
+    memset(to, 0, numbers * sizeof(T));
+  }
+}
+
+// A direction walks the steps s = 0..T-1 in its own order: t = s, or t = T-1-s for the reverse one.
+struct Walk {
+  const Schedule* schedule;
+  bool reverse;
+
+  int64_t time(int64_t s) const { return reverse ? schedule->steps - 1 - s : s; }
+
+  // At t, the rows below `carried` continue from time `from`; the rows above start here, from the initial state.
+  struct Previous {
+    int64_t carried, from;
+  };
+  Previous previous(int64_t t) const {
+    const int64_t from = reverse ? t + 1 : t - 1;
+    if (from < 0 || from >= schedule->steps) return {0, 0};
+    const int64_t there = schedule->rows(from), here = schedule->rows(t);
+    return {there < here ? there : here, from};
+  }
+  // The packed rows that steps [s0, s1) read and write.
+  Range packed_rows(int64_t s0, int64_t s1) const {
+    const int64_t a = time(s0), b = time(s1 - 1);
+    return reverse ? Range{schedule->offset(b), schedule->offset(a + 1)}
+                   : Range{schedule->offset(a), schedule->offset(b + 1)};
+  }
+};
+
+// A piece of the rows of a step, all of them with a predecessor or all of them without.
+struct Segment {
+  Range rows;
+  bool initial;
+};
+// The rows of `mine` that are alive at t, in at most two segments; returns how many.
+inline int segments(const Walk& walk, int64_t t, Range mine, Segment out[2]) {
+  const int64_t alive = walk.schedule->rows(t), end = mine.end < alive ? mine.end : alive;
+  const int64_t carried = walk.previous(t).carried;
+  const int64_t split = carried < mine.begin ? mine.begin : carried < end ? carried : end;
+  int n = 0;
+  if (mine.begin < split) out[n++] = {{mine.begin, split}, false};
+  if (split < end) out[n++] = {{split, end}, true};
+  return n;
+}
+
+// Who computes what. Rows are independent, so groups of rows need no barrier in the time loop; the members of one group
+// share its rows' units and meet at every step. Directions are independent too.
+struct Plan {
+  int directions, row_groups, members;
+  int tasks() const { return directions * row_groups; }
+};
+
+inline Plan make_plan(int team, int directions, int64_t batch, double flops_per_step, int64_t blocks) {
+  Plan plan{directions, 1, 1};
+  const int share = team / directions;  // threads a direction can have
+  if (share <= 1) return plan;
+  if (batch >= share * kRowsToShareRows) {
+    plan.row_groups = share;
+  } else if (flops_per_step >= kFlopsToShareUnits) {
+    plan.members = static_cast<int>(share < blocks ? share : blocks);
+  }
+  return plan;
+}
+
+// Rows of group i of n: consecutive ones, each group with about the same number of row-steps.
+inline Range row_group(const Schedule& schedule, int i, int n) {
+  if (!schedule.batch_sizes) return part(schedule.batch, i, n);
+  const int64_t total = schedule.total_rows();
+  Range out{schedule.batch, schedule.batch};
+  int64_t length = schedule.steps, done = 0;
+  for (int64_t r = 0; r < schedule.batch; ++r) {
+    if (out.begin == schedule.batch && done >= total * i / n) out.begin = r;
+    if (i + 1 < n && done >= total * (i + 1) / n) {
+      out.end = r;
+      break;
+    }
+    while (length > 0 && schedule.rows(length - 1) <= r) --length;
+    done += length;
+  }
+  return out;
+}
+
+// Runs loop(direction, rows, member, members, barrier) for every part of the plan.
+template <class Loop>
+void run_plan(int threads, const Schedule& schedule, int directions, double flops_per_step, int64_t blocks,
+              const Loop& loop) {
+  constexpr int kMaxGroups = 512;
+  if (threads > kMaxGroups) threads = kMaxGroups;
+  static_assert(sizeof(Barrier) % 64 == 0, "barriers must not share cache lines");
+  Workspace<Barrier> memory;
+  const int groups = threads > directions ? threads : directions;
+  Barrier* barriers = memory.zeros(groups);
+  const int wanted = [&] {
+    const Plan plan = make_plan(threads, directions, schedule.batch, flops_per_step, blocks);
+    const int all = plan.tasks() * plan.members;
+    return threads < all ? threads : all;
+  }();
+  parallel(wanted, [&](int member, int team) {
+    // From the team that came, which may be smaller than the one asked for.
+    const Plan plan = make_plan(team, directions, schedule.batch, flops_per_step, blocks);
+    if (plan.members == 1) {
+      for (int task = member; task < plan.tasks(); task += team)
+        loop(task / plan.row_groups, row_group(schedule, task % plan.row_groups, plan.row_groups), 0, 1,
+             barriers[task]);
+      return;
+    }
+    const int task = member / plan.members;
+    if (task >= plan.tasks()) return;
+    loop(task / plan.row_groups, row_group(schedule, task % plan.row_groups, plan.row_groups), member % plan.members,
+         plan.members, barriers[task]);
+  });
+}
+
+// Steps whose GEMM runs together: enough rows for it to run at speed, few enough for the memory it may take.
+inline int64_t steps_per_chunk(const Schedule& schedule, int64_t bytes_per_row, int64_t target_bytes,
+                               int64_t least_rows) {
+  int64_t rows = target_bytes / (bytes_per_row > 0 ? bytes_per_row : 1);
+  if (rows < least_rows) rows = least_rows;
+  const int64_t steps = rows / (schedule.batch > 0 ? schedule.batch : 1);
+  return steps < 1 ? 1 : steps;
+}

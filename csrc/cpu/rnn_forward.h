@@ -1,0 +1,225 @@
+// The forward driver: one layer, all directions, any cell.
+//
+//   for each chunk of steps:   gx = x W_ih^T, one GEMM a direction
+//                              for each step: gh = h W_hh^T on packed panels, Cell::update on the sums, h stored
+//
+// Threads share rows when there are enough, else units, with a barrier a step (rnn_driver.h).
+#pragma once
+
+template <class Cell, class T>
+class ForwardDirection {
+ public:
+  using V = Vec<T>;
+  using Hidden = PanelShape<T, Cell::gates>;
+  using Projection = PanelShape<T, 1>;
+
+  void prepare(const RnnForward<T>& p, int direction) {
+    p_ = &p;
+    d_ = direction;
+    walk_ = {&p.schedule, direction == 1};
+    w_ = p.weights[direction];
+    H_ = p.hidden_size;
+    hout_ = p.out_size();
+    ldo_ = p.directions * hout_;
+    packed_ = p.schedule.steps >= kStepsToPack;
+    const int64_t B = p.schedule.batch;
+    if (packed_) {
+      panels_.allocate(Hidden::blocks(H_) * Hidden::panel_numbers(hout_));
+      if (p.proj_size) proj_panels_.allocate(Projection::blocks(hout_) * Projection::panel_numbers(H_));
+    } else {
+      gh_.allocate(B * Cell::gates * H_);
+    }
+    if (Cell::cell_state) {
+      c_.allocate(B * H_);
+      copy_or_zero(c_.get(), p.c0 ? p.c0 + d_ * B * H_ : nullptr, B * H_);
+    }
+    zeros_.zeros(Cell::gates * H_ > B * hout_ ? Cell::gates * H_ : B * hout_);
+    b_ih_ = w_.b_ih ? w_.b_ih : zeros_.get();
+    b_hh_ = w_.b_hh ? w_.b_hh : zeros_.get();
+    h0_ = p.h0 ? p.h0 + d_ * B * hout_ : zeros_.get();
+    if (p.proj_size && !p.emitted[d_]) emitted_.allocate(B * H_);
+    gx_ld_ = in_place() ? Cell::kept * H_ : Cell::gates * H_;
+  }
+
+  int64_t panels() const { return packed_ ? Hidden::blocks(H_) + projection_blocks() : 0; }
+  int64_t projection_blocks() const { return p_->proj_size ? Projection::blocks(hout_) : 0; }
+  void pack(int64_t i) {
+    const int64_t blocks = Hidden::blocks(H_);
+    if (i < blocks) {
+      pack_transposed<T, Cell::gates>(w_.w_hh, H_, hout_, i, panels_.get() + i * Hidden::panel_numbers(hout_));
+    } else {
+      i -= blocks;
+      pack_transposed<T, 1>(w_.w_hr, hout_, H_, i, proj_panels_.get() + i * Projection::panel_numbers(H_));
+    }
+  }
+
+  void reserve_gx(int64_t chunk_rows) {
+    if (!in_place()) gx_.allocate(chunk_rows * Cell::gates * H_);
+  }
+  // gx of steps [s0, s1), without the bias.
+  void project_input(int64_t s0, int64_t s1) {
+    const Range rows = walk_.packed_rows(s0, s1);
+    gx_rows_ = in_place() ? p_->kept[d_] : gx_.get() - rows.begin * gx_ld_;
+    const int64_t I = p_->input_size;
+    p_->gemm(false, true, rows.end - rows.begin, Cell::gates * H_, I, p_->x + rows.begin * I, I, w_.w_ih, I, T(0),
+             gx_rows_ + rows.begin * gx_ld_, gx_ld_);
+  }
+
+  // Steps [s0, s1) of some rows, this member's share of their units.
+  void run(int64_t s0, int64_t s1, Range mine, int member, int members, Barrier& barrier) {
+    const Range units = part(Hidden::blocks(H_), member, members);
+    const Range outputs = part(projection_blocks(), member, members);
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t t = walk_.time(s);
+      Segment pieces[2];
+      const int n = segments(walk_, t, mine, pieces);
+      for (int i = 0; i < n; ++i) step(t, pieces[i], units);
+      barrier.wait(members);
+      if (p_->proj_size) {
+        if (n) project_hidden(t, {pieces[0].rows.begin, pieces[n - 1].rows.end}, outputs);
+        barrier.wait(members);
+      }
+    }
+  }
+
+  void finish() {
+    const Schedule& schedule = p_->schedule;
+    const int64_t B = schedule.batch, T_ = schedule.steps;
+    if (p_->h_n) {
+      T* h_n = p_->h_n + d_ * B * hout_;
+      int64_t done = 0;  // rows from the back: the shortest end first
+      for (int64_t t = T_; t >= 0; --t) {
+        const int64_t ended = t > 0 ? schedule.rows(t - 1) : B;  // rows [done, ended) have length t
+        for (; done < ended; ++done) {
+          const int64_t last = walk_.reverse ? 0 : t - 1;
+          const T* from = t > 0 ? output_row(schedule.offset(last) + done) : h0_ + done * hout_;
+          memcpy(h_n + done * hout_, from, hout_ * sizeof(T));
+        }
+      }
+    }
+    if (Cell::cell_state && p_->c_n) memcpy(p_->c_n + d_ * B * H_, c_.get(), B * H_ * sizeof(T));
+  }
+
+ private:
+  bool in_place() const { return Cell::kept > 0 && p_->kept[d_]; }  // activations overwrite gx
+  T* output_row(int64_t n) const { return p_->output + n * ldo_ + d_ * hout_; }
+  T* emitted_row(int64_t n, int64_t r) const {
+    return p_->emitted[d_] ? p_->emitted[d_] + n * H_ : emitted_.get() + r * H_;
+  }
+
+  void step(int64_t t, const Segment& piece, Range units) {
+    const int64_t n0 = p_->schedule.offset(t);
+    const T* h_prev = piece.initial ? h0_ : output_row(p_->schedule.offset(walk_.previous(t).from));
+    const int64_t ldh = piece.initial ? hout_ : ldo_;
+    const bool zero_state = piece.initial && !p_->h0;  // 0 W_hh^T needs no product
+    if (!packed_) return step_by_gemm(n0, piece.rows, h_prev, ldh, zero_state);
+    const KPiece k[1] = {{0, zero_state ? 0 : hout_}};
+    for (int64_t r0 = piece.rows.begin; r0 < piece.rows.end; r0 += kRowBlock) {
+      const int64_t rows = piece.rows.end - r0 < kRowBlock ? piece.rows.end - r0 : kRowBlock;
+      for_each_block<Cell::gates>(
+          h_prev + r0 * ldh, ldh, rows, k, 1, panels_.get(), hout_, units.begin, units.end,
+          [&](int64_t block, const T* sums, int64_t ld_sums) {
+            for (int64_t i = 0; i < rows; ++i) {
+              const int64_t r = r0 + i;
+              for (int u = 0; u < Hidden::unit_vectors; ++u) {
+                const int64_t j = block * Hidden::units + u * V::size;
+                if (j >= H_) break;
+                update(n0 + r, r, j, sums + i * ld_sums + u * V::size, Hidden::units, h_prev + r * ldh);
+              }
+            }
+          });
+    }
+  }
+
+  void step_by_gemm(int64_t n0, Range rows, const T* h_prev, int64_t ldh, bool zero_state) {
+    const int64_t count = rows.end - rows.begin, GH = Cell::gates * H_;
+    if (zero_state) {
+      memset(gh_.get(), 0, count * GH * sizeof(T));
+    } else {
+      p_->gemm(false, true, count, GH, hout_, h_prev + rows.begin * ldh, ldh, w_.w_hh, hout_, T(0), gh_.get(), GH);
+    }
+    const int threads = count * H_ >= kUnitsToShare ? p_->threads : 1;
+    parallel_for(threads, count, [&](int64_t i) {
+      const int64_t r = rows.begin + i;
+      for (int64_t j = 0; j < H_; j += V::size) update(n0 + r, r, j, gh_.get() + i * GH + j, H_, h_prev + r * ldh);
+    });
+  }
+
+  // Units [j, j + V) of row r: gh without bias at gh[gate * gate_stride].
+  FASTSEQ_INLINE void update(int64_t n, int64_t r, int64_t j, const T* gh, int64_t gate_stride, const T* h_prev) {
+    const int64_t valid = H_ - j;
+    T* gx = gx_rows_ + n * gx_ld_ + j;
+    V x[Cell::gates], h[Cell::gates];
+    for (int g = 0; g < Cell::gates; ++g) {
+      x[g] = V::load(gx + g * H_, valid) + V::load(b_ih_ + g * H_ + j, valid);
+      h[g] = V::load(gh + g * gate_stride, valid) + V::load(b_hh_ + g * H_ + j, valid);
+    }
+    V c(0), before(0), keep[Cell::kept + 1];
+    if constexpr (Cell::cell_state) c = V::load(c_.get() + r * H_ + j, valid);
+    if constexpr (Cell::reads_h_prev) before = V::load(h_prev + j, valid);
+    const V now = Cell::update(x, h, before, c, keep);
+    if constexpr (Cell::cell_state) c.store(c_.get() + r * H_ + j, valid);
+    if (in_place())
+      for (int k = 0; k < Cell::kept; ++k) keep[k].store(gx + k * H_, valid);
+    now.store((p_->proj_size ? emitted_row(n, r) : output_row(n)) + j, valid);
+  }
+
+  // h = W_hr m, for the rows of one step (Sak et al., 2014).
+  void project_hidden(int64_t t, Range rows, Range blocks) {
+    const int64_t n0 = p_->schedule.offset(t);
+    if (!packed_) {
+      p_->gemm(false, true, rows.end - rows.begin, hout_, H_, emitted_row(n0 + rows.begin, rows.begin), H_, w_.w_hr,
+               H_, T(0), output_row(n0 + rows.begin), ldo_);
+      return;
+    }
+    const KPiece k[1] = {{0, H_}};
+    for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
+      const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
+      for_each_block<1>(emitted_row(n0 + r0, r0), H_, count, k, 1, proj_panels_.get(), H_, blocks.begin, blocks.end,
+                        [&](int64_t block, const T* sums, int64_t ld_sums) {
+                          for (int64_t i = 0; i < count; ++i)
+                            for (int u = 0; u < Projection::unit_vectors; ++u) {
+                              const int64_t j = block * Projection::units + u * V::size;
+                              if (j >= hout_) break;
+                              V::load(sums + i * ld_sums + u * V::size)
+                                  .store(output_row(n0 + r0 + i) + j, hout_ - j);
+                            }
+                        });
+    }
+  }
+
+  const RnnForward<T>* p_ = nullptr;
+  int d_ = 0;
+  Walk walk_{};
+  DirectionWeights<T> w_;
+  int64_t H_ = 0, hout_ = 0, ldo_ = 0, gx_ld_ = 0;
+  bool packed_ = false;
+  Workspace<T> panels_, proj_panels_, gh_, c_, zeros_, emitted_, gx_;
+  const T *b_ih_ = nullptr, *b_hh_ = nullptr, *h0_ = nullptr;
+  T* gx_rows_ = nullptr;
+};
+
+template <class Cell, class T>
+void rnn_forward(const RnnForward<T>& p) {
+  ForwardDirection<Cell, T> directions[2];
+  for (int d = 0; d < p.directions; ++d) directions[d].prepare(p, d);
+  const int64_t T_ = p.schedule.steps;
+  if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
+    const int64_t panels = directions[0].panels();
+    parallel_for(p.threads, panels * p.directions, [&](int64_t i) { directions[i / panels].pack(i % panels); });
+
+    const int64_t chunk = steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(T), kChunkBytes, 256);
+    for (int d = 0; d < p.directions; ++d) directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch);
+    const double flops = 2.0 * Cell::gates * p.schedule.batch * p.hidden_size * p.out_size();
+    for (int64_t s0 = 0; s0 < T_; s0 += chunk) {
+      const int64_t s1 = s0 + chunk < T_ ? s0 + chunk : T_;
+      for (int d = 0; d < p.directions; ++d) directions[d].project_input(s0, s1);
+      // Steps that are GEMM calls get their threads from the GEMM.
+      run_plan(panels ? p.threads : 1, p.schedule, p.directions, flops, panels,
+               [&](int d, Range rows, int member, int members, Barrier& barrier) {
+                 directions[d].run(s0, s1, rows, member, members, barrier);
+               });
+    }
+  }
+  for (int d = 0; d < p.directions; ++d) directions[d].finish();
+}

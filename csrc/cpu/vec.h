@@ -1,0 +1,106 @@
+// A vector of T as wide as the instruction set's registers, on the compilers' vector extensions; only what they cannot
+// express (fused multiply-add) is spelt per instruction set.
+#pragma once
+
+#if defined(__AVX512F__)
+#define FASTSEQ_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTSEQ_VECTOR_BYTES 32
+#else
+#define FASTSEQ_VECTOR_BYTES 16
+#endif
+
+template <class T>
+struct VecTraits;
+template <>
+struct VecTraits<float> {
+  typedef float vector __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef int32_t bit;
+};
+template <>
+struct VecTraits<double> {
+  typedef double vector __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef int64_t bits __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
+  typedef int64_t bit;
+};
+
+template <class T>
+struct Vec {
+  using Native = typename VecTraits<T>::vector;
+  using Bits = typename VecTraits<T>::bits;
+  using Bit = typename VecTraits<T>::bit;
+  static constexpr int size = FASTSEQ_VECTOR_BYTES / sizeof(T);
+
+  Native v;
+
+  Vec() = default;
+  FASTSEQ_INLINE Vec(Native native) : v(native) {}
+  FASTSEQ_INLINE explicit Vec(T value) : v(Native{} + value) {}  // -0.0 becomes 0.0: no kernel broadcasts one
+  FASTSEQ_INLINE explicit Vec(int value) : Vec(T(value)) {}
+
+  FASTSEQ_INLINE static Vec load(const T* p) {
+    Native n;
+    __builtin_memcpy(&n, p, sizeof n);
+    return n;
+  }
+  FASTSEQ_INLINE void store(T* p) const { __builtin_memcpy(p, &v, sizeof v); }
+
+  // The first n lanes; the others read as zero and are never written, so no access leaves the row.
+  FASTSEQ_INLINE static Vec load(const T* p, int64_t n) {
+    if (n >= size) return load(p);
+    T lanes[size] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  FASTSEQ_INLINE void store(T* p, int64_t n) const {
+    if (n >= size) return store(p);
+    T lanes[size];
+    store(lanes);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+  FASTSEQ_INLINE static Vec broadcast(T value) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return (Native)_mm512_set1_ps(value);
+    else return (Native)_mm512_set1_pd(value);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return (Native)_mm256_set1_ps(value);
+    else return (Native)_mm256_set1_pd(value);
+#else
+    return Vec(value);
+#endif
+  }
+};
+
+template <class T>
+FASTSEQ_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) { return a.v + b.v; }
+template <class T>
+FASTSEQ_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) { return a.v - b.v; }
+template <class T>
+FASTSEQ_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) { return a.v * b.v; }
+template <class T>
+FASTSEQ_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) { return a.v / b.v; }
+
+// a * b + c, rounded once where the instruction set can.
+FASTSEQ_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>::Native)_mm512_fmadd_ps((__m512)a.v, (__m512)b.v, (__m512)c.v);
+#elif defined(__FMA__)
+  return (Vec<float>::Native)_mm256_fmadd_ps((__m256)a.v, (__m256)b.v, (__m256)c.v);
+#elif defined(__aarch64__)
+  return (Vec<float>::Native)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v);
+#else
+  return a.v * b.v + c.v;
+#endif
+}
+FASTSEQ_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>::Native)_mm512_fmadd_pd((__m512d)a.v, (__m512d)b.v, (__m512d)c.v);
+#elif defined(__FMA__)
+  return (Vec<double>::Native)_mm256_fmadd_pd((__m256d)a.v, (__m256d)b.v, (__m256d)c.v);
+#elif defined(__aarch64__)
+  return (Vec<double>::Native)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v);
+#else
+  return a.v * b.v + c.v;
+#endif
+}

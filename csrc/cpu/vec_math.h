@@ -1,0 +1,126 @@
+// exp, sigmoid, tanh on vectors of float and double, over the whole domain: infinities, NaN (comes out as NaN), results
+// down to the denormals. Bounds in units in the last place, held by tests/test_vec_math.py over the domain:
+//   exp 2, sigmoid 4, tanh 4.
+// exp(x) = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2, ln 2 split in two so that n ln2_hi is exact.
+#pragma once
+
+template <class T>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float log2e = 1.44269504088896341f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
+  static constexpr float round = 12582912.0f;           // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  static constexpr float lowest = -104.0f, highest = 89.0f;  // exp is 0 below, infinite above
+  static constexpr float tanh_one = 10.0f;              // tanh rounds to 1 from here
+  static constexpr int mantissa = 23, bias = 127;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double log2e = 1.44269504088896340736, ln2_hi = 6.93147180369123816490e-01,
+                          ln2_lo = 1.90821492927058770002e-10;
+  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double lowest = -746.0, highest = 710.0;
+  static constexpr double tanh_one = 20.0;
+  static constexpr int mantissa = 52, bias = 1023;
+};
+
+// (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2.
+FASTSEQ_INLINE Vec<float> exp_tail(Vec<float> r) {  // minimax, Cephes expf
+  using V = Vec<float>;
+  V q = fma(V(1.9875691500e-4f), r, V(1.3981999507e-3f));
+  q = fma(q, r, V(8.3334519073e-3f));
+  q = fma(q, r, V(4.1665795894e-2f));
+  q = fma(q, r, V(1.6666665459e-1f));
+  return fma(q, r, V(5.0000001201e-1f));
+}
+FASTSEQ_INLINE Vec<double> exp_tail(Vec<double> r) {  // Taylor: the first term left out is 4e-18
+  using V = Vec<double>;
+  V q = fma(V(1.0 / 6227020800.0), r, V(1.0 / 479001600.0));
+  q = fma(q, r, V(1.0 / 39916800.0));
+  q = fma(q, r, V(1.0 / 3628800.0));
+  q = fma(q, r, V(1.0 / 362880.0));
+  q = fma(q, r, V(1.0 / 40320.0));
+  q = fma(q, r, V(1.0 / 5040.0));
+  q = fma(q, r, V(1.0 / 720.0));
+  q = fma(q, r, V(1.0 / 120.0));
+  q = fma(q, r, V(1.0 / 24.0));
+  q = fma(q, r, V(1.0 / 6.0));
+  return fma(q, r, V(0.5));
+}
+
+// 2^n for integers n in the exponent's range.
+template <class T>
+FASTSEQ_INLINE Vec<T> power_of_two(typename Vec<T>::Bits n) {
+  using C = ExpConstants<T>;
+  return (typename Vec<T>::Native)((n + C::bias) << C::mantissa);
+}
+
+// x -> n and e^r - 1 with e^x = 2^n e^r.
+template <class T>
+struct Reduced {
+  typename Vec<T>::Bits n;
+  Vec<T> expm1_r;
+};
+template <class T>
+FASTSEQ_INLINE Reduced<T> reduce(Vec<T> x) {
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  const V shifted = fma(x, V(C::log2e), V(C::round));
+  const V n = shifted - V(C::round);
+  V r = fma(n, V(-C::ln2_hi), x);
+  r = fma(n, V(-C::ln2_lo), r);
+  return {(typename V::Bits)shifted.v - (typename V::Bits)V(C::round).v, fma(r * r, exp_tail(r), r)};
+}
+
+template <class T>
+FASTSEQ_INLINE Vec<T> exp(Vec<T> x) {
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  const V low(C::lowest), high(C::highest);
+  x = x.v < low.v ? low.v : x.v;  // comparisons with NaN are false: it passes through
+  x = x.v > high.v ? high.v : x.v;
+  const Reduced<T> e = reduce(x);
+  // In two factors: 2^n alone leaves the range before the product does, at both ends.
+  const typename V::Bits half = e.n >> 1;
+  return (V(1) + e.expm1_r) * power_of_two<T>(half) * power_of_two<T>(e.n - half);
+}
+
+template <class T>
+FASTSEQ_INLINE Vec<T> negative_magnitude(Vec<T> x) {
+  using V = Vec<T>;
+  constexpr typename V::Bit sign = typename V::Bit(1) << (8 * sizeof(T) - 1);
+  return (typename V::Native)((typename V::Bits)x.v | sign);
+}
+
+template <class T>
+FASTSEQ_INLINE Vec<T> sigmoid(Vec<T> x) {
+  using V = Vec<T>;
+  const V z = exp(negative_magnitude(x));  // <= 1: nothing overflows, and small results keep their digits
+  const V top = x.v < V(0).v ? z.v : V(1).v;
+  return top / (V(1) + z);
+}
+
+// m / (m + 2) with m = e^(2|x|) - 1, the sign put back: accurate near 0 as well.
+template <class T>
+FASTSEQ_INLINE Vec<T> tanh(Vec<T> x) {
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  constexpr typename V::Bit sign = typename V::Bit(1) << (8 * sizeof(T) - 1);
+  const typename V::Bits sign_bit = (typename V::Bits)x.v & sign;
+  V magnitude = (typename V::Native)((typename V::Bits)x.v & ~sign);
+  magnitude = magnitude.v > V(C::tanh_one).v ? V(C::tanh_one).v : magnitude.v;
+  const Reduced<T> e = reduce(magnitude + magnitude);
+  const V scale = power_of_two<T>(e.n);
+  const V m = fma(scale, e.expm1_r, scale - V(1));
+  return (typename V::Native)((typename V::Bits)(m / (m + V(2))).v | sign_bit);
+}
+
+// NaN stays NaN, as in torch.
+template <class T>
+FASTSEQ_INLINE Vec<T> relu(Vec<T> x) {
+  return x.v < Vec<T>(0).v ? Vec<T>(0).v : x.v;
+}
+template <class T>
+FASTSEQ_INLINE Vec<T> relu_backward(Vec<T> y, Vec<T> dy) {
+  return y.v <= Vec<T>(0).v ? Vec<T>(0).v : dy.v;
+}

@@ -1,0 +1,90 @@
+// Plain parameter blocks: what a caller hands to a kernel. Pointers, sizes, nullable extras; no torch, no ownership.
+//
+// Letters (docs/architecture.md): T steps, B batch, I input size, H hidden size, P projected size, G gates,
+// D directions, N rows of all steps together (T*B, or fewer when the batch is ragged). "Hout" is P with a
+// projection and H without.
+#pragma once
+
+#include <cstdint>
+
+namespace fastseq {
+
+// C (m,n) = op(A) (m,k) * op(B) (k,n) + beta * C, all row-major; op transposes when its flag is set.
+template <class T>
+using Gemm = void (*)(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda,
+                      const T* b, int64_t ldb, T beta, T* c, int64_t ldc);
+
+// Which rows are alive at a step. Rows are sorted by length, longest first, so the rows alive at step t are the first
+// rows(t) ones, and the data of all steps lie one after another without padding (torch's PackedSequence). This is the
+// one ragged mechanism: a dense batch is the case where every step has B rows and the tables are absent.
+struct Schedule {
+  int64_t steps = 0;                     // T
+  int64_t batch = 0;                     // B
+  const int64_t* batch_sizes = nullptr;  // (T,) non-increasing; null when dense
+  const int64_t* offsets = nullptr;      // (T+1,) running sum of batch_sizes; null when dense
+
+  int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
+  int64_t total_rows() const { return offset(steps); }
+};
+
+template <class T>
+struct DirectionWeights {
+  const T* w_ih = nullptr;  // (G*H, I)
+  const T* w_hh = nullptr;  // (G*H, Hout)
+  const T* b_ih = nullptr;  // (G*H,) or null
+  const T* b_hh = nullptr;  // (G*H,) or null
+  const T* w_hr = nullptr;  // (P, H) or null
+};
+
+template <class T>
+struct DirectionGrads {  // each as its weight, overwritten; null where nobody asked
+  T* w_ih = nullptr;
+  T* w_hh = nullptr;
+  T* b_ih = nullptr;
+  T* b_hh = nullptr;
+  T* w_hr = nullptr;
+};
+
+// One layer, all its directions.
+template <class T>
+struct RnnLayer {
+  Schedule schedule;
+  int64_t input_size = 0;   // I
+  int64_t hidden_size = 0;  // H
+  int64_t proj_size = 0;    // P, 0 without a projection
+  int directions = 1;       // D
+  DirectionWeights<T> weights[2];
+  const T* x = nullptr;   // (N, I)
+  const T* h0 = nullptr;  // (D, B, Hout) or null for zeros
+  const T* c0 = nullptr;  // (D, B, H) or null for zeros
+  Gemm<T> gemm = nullptr;
+  int threads = 1;
+
+  int64_t out_size() const { return proj_size ? proj_size : hidden_size; }
+};
+
+template <class T>
+struct RnnForward : RnnLayer<T> {
+  T* output = nullptr;                  // (N, D*Hout)
+  T* h_n = nullptr;                     // (D, B, Hout) or null
+  T* c_n = nullptr;                     // (D, B, H) or null
+  T* kept[2] = {nullptr, nullptr};      // (N, Cell::kept*H) activations for backward; null: keep nothing
+  T* emitted[2] = {nullptr, nullptr};   // (N, H) h before the projection, for backward; null: keep nothing
+};
+
+template <class T>
+struct RnnBackward : RnnLayer<T> {
+  const T* output = nullptr;  // (N, D*Hout) as forward wrote it
+  const T* kept[2] = {nullptr, nullptr};
+  const T* emitted[2] = {nullptr, nullptr};
+  const T* d_output = nullptr;  // (N, D*Hout) or null for zeros
+  const T* d_h_n = nullptr;     // (D, B, Hout) or null for zeros
+  const T* d_c_n = nullptr;     // (D, B, H) or null for zeros
+  T* dx = nullptr;              // (N, I) or null
+  T* d_h0 = nullptr;            // (D, B, Hout) or null
+  T* d_c0 = nullptr;            // (D, B, H) or null
+  DirectionGrads<T> grads[2];
+};
+
+}  // namespace fastseq

@@ -1,0 +1,105 @@
+// Autograd of rnn_forward, in C++ since a Python callback costs more than a small step does. rnn_backward is an operator
+// of its own; its derivative (double backward) is registered in fastseq/ops.py by the reference.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "rnn.h"
+
+namespace fastseq {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <class Signature>
+auto find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+RnnOutputs redispatch(const std::string& cell, const at::Tensor& x, const OptionalTensor& hx, const OptionalTensor& cx,
+                      at::TensorList weights, at::TensorList masks, const OptionalTensor& lengths,
+                      const OptionalTensor& batch_sizes, int64_t num_layers, bool bidirectional, bool bias, bool save) {
+  static const auto op = find_operator<RnnForwardSignature>("fastseq::rnn_forward");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers, bidirectional, bias, save);
+}
+
+OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+struct RnnFunction : torch::autograd::Function<RnnFunction> {
+  static constexpr bool is_traceable = true;  // compiled autograd may trace through
+
+  static variable_list forward(AutogradContext* ctx, const std::string& cell, const at::Tensor& x,
+                               const OptionalTensor& hx, const OptionalTensor& cx, at::TensorList weights,
+                               at::TensorList masks, const OptionalTensor& lengths, const OptionalTensor& batch_sizes,
+                               int64_t num_layers, bool bidirectional, bool bias) {
+    auto [output, h_n, c_n, reserve] =
+        redispatch(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers, bidirectional, bias, true);
+    variable_list saved = {x,          hx.value_or(at::Tensor()), cx.value_or(at::Tensor()), lengths.value_or(at::Tensor()),
+                           batch_sizes.value_or(at::Tensor()), reserve};
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    saved.insert(saved.end(), masks.begin(), masks.end());
+    ctx->save_for_backward(saved);
+    ctx->saved_data["cell"] = cell;
+    ctx->saved_data["num_layers"] = num_layers;
+    ctx->saved_data["bidirectional"] = bidirectional;
+    ctx->saved_data["bias"] = bias;
+    ctx->saved_data["num_masks"] = static_cast<int64_t>(masks.size());
+    ctx->set_materialize_grads(false);
+    variable_list constants = {reserve};
+    if (h_n.dim() == 1) constants.push_back(h_n);  // empty: the output of a single step is its h_n
+    if (c_n.dim() == 1) constants.push_back(c_n);
+    ctx->mark_non_differentiable(constants);
+    return {output, h_n, c_n, reserve};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &x = saved[0], &hx = saved[1], &cx = saved[2];
+    const auto num_masks = static_cast<size_t>(ctx->saved_data["num_masks"].toInt());
+    const variable_list weights(saved.begin() + 6, saved.end() - num_masks);
+    const variable_list masks(saved.end() - num_masks, saved.end());
+
+    // Edges count the tensors that were given, in the order of the arguments.
+    size_t edge = 0;
+    c10::List<bool> needs;
+    needs.push_back(ctx->needs_input_grad(edge++));
+    needs.push_back(hx.defined() && ctx->needs_input_grad(edge++));
+    needs.push_back(cx.defined() && ctx->needs_input_grad(edge++));
+    for (size_t i = 0; i < weights.size(); ++i) needs.push_back(ctx->needs_input_grad(edge++));
+
+    static const auto op = find_operator<RnnBackwardSignature>("fastseq::rnn_backward");
+    const std::vector<at::Tensor> found =
+        op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), ctx->saved_data["cell"].toStringRef(), x,
+                optional(hx), optional(cx), weights, masks, optional(saved[3]), optional(saved[4]),
+                ctx->saved_data["num_layers"].toInt(), ctx->saved_data["bidirectional"].toBool(),
+                ctx->saved_data["bias"].toBool(), saved[5], needs);
+
+    // One place for each argument of forward, the lists spread out: cell, x, hx, cx, weights, masks, five more.
+    auto next = found.begin();
+    variable_list out = {at::Tensor()};
+    for (bool needed : needs) out.push_back(needed ? *next++ : at::Tensor());
+    out.resize(out.size() + masks.size() + 5);
+    return out;
+  }
+};
+
+}  // namespace
+
+RnnOutputs rnn_forward_autograd(std::string cell, const at::Tensor& x, const OptionalTensor& hx, const OptionalTensor& cx,
+                                at::TensorList weights, at::TensorList masks, const OptionalTensor& lengths,
+                                const OptionalTensor& batch_sizes, int64_t num_layers, bool bidirectional, bool bias,
+                                bool) {
+  const auto tracked = [](const at::Tensor& t) { return t.requires_grad(); };
+  const bool needs_grad = at::GradMode::is_enabled() &&
+                          (tracked(x) || (hx && tracked(*hx)) || (cx && tracked(*cx)) ||
+                           std::any_of(weights.begin(), weights.end(), tracked));
+  if (!needs_grad)
+    return redispatch(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers, bidirectional, bias, false);
+  const variable_list out = RnnFunction::apply(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers,
+                                               bidirectional, bias);
+  return {out[0], out[1], out[2], out[3]};
+}
+
+}  // namespace fastseq

@@ -1,0 +1,22 @@
+// The operators' schemas and registrations.
+#include <torch/library.h>
+
+#include "rnn.h"
+
+TORCH_LIBRARY(fastseq, m) {
+  m.def(
+      "rnn_forward(str cell, Tensor x, Tensor? hx, Tensor? cx, Tensor[] weights, Tensor[] dropout_masks, "
+      "Tensor? lengths, Tensor? batch_sizes, int num_layers, bool bidirectional, bool bias, bool save) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n, Tensor reserve)");
+  m.def(
+      "rnn_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, str cell, Tensor x, Tensor? hx, Tensor? cx, "
+      "Tensor[] weights, Tensor[] dropout_masks, Tensor? lengths, Tensor? batch_sizes, int num_layers, "
+      "bool bidirectional, bool bias, Tensor reserve, bool[] needs) -> Tensor[]");
+}
+
+TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
+  m.impl("rnn_forward", fastseq::rnn_forward_cpu);
+  m.impl("rnn_backward", fastseq::rnn_backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fastseq, Autograd, m) { m.impl("rnn_forward", fastseq::rnn_forward_autograd); }

@@ -1,0 +1,20 @@
+// What the Python module asks of the operator library.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../cell_list.h"
+#include "counters.h"
+
+namespace fastseq {
+
+FASTSEQ_API std::string isa();  // throws std::runtime_error for a FASTSEQ_ISA that makes no sense
+FASTSEQ_API std::vector<std::string> available_isas();
+FASTSEQ_API std::vector<CellFacts> cells();
+// function: "exp", "sigmoid" or "tanh".
+FASTSEQ_API void vec_math(const std::string& function, const float* x, float* y, int64_t n);
+FASTSEQ_API void vec_math(const std::string& function, const double* x, double* y, int64_t n);
+
+}  // namespace fastseq

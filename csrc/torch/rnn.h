@@ -1,0 +1,32 @@
+// The recurrent operators; schemas in ops.cpp.
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace fastseq {
+
+using OptionalTensor = std::optional<at::Tensor>;
+using RnnOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // output, h_n, c_n, reserve
+
+using RnnForwardSignature = RnnOutputs(std::string, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                       at::TensorList, at::TensorList, const OptionalTensor&, const OptionalTensor&,
+                                       int64_t, bool, bool, bool);
+using RnnBackwardSignature = std::vector<at::Tensor>(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                                     std::string, const at::Tensor&, const OptionalTensor&,
+                                                     const OptionalTensor&, at::TensorList, at::TensorList,
+                                                     const OptionalTensor&, const OptionalTensor&, int64_t, bool, bool,
+                                                     const at::Tensor&, c10::List<bool>);
+
+RnnForwardSignature rnn_forward_cpu;
+RnnBackwardSignature rnn_backward_cpu;
+
+// On the autograd keys: runs the operator below and records rnn_backward.
+RnnForwardSignature rnn_forward_autograd;
+
+}  // namespace fastseq

@@ -1,0 +1,25 @@
+"""C++-accelerated recurrent layers for PyTorch, in the place of those of torch.nn."""
+
+from fastseq._load import _C
+from fastseq import ops, reference
+from fastseq.convert import ConversionReport, convert, to_torch
+from fastseq.explain import Explanation, explain
+from fastseq.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__version__ = _C.version()
+
+__all__ = [
+    "GRU",
+    "GRUCell",
+    "LSTM",
+    "LSTMCell",
+    "RNN",
+    "RNNCell",
+    "ConversionReport",
+    "Explanation",
+    "convert",
+    "explain",
+    "ops",
+    "reference",
+    "to_torch",
+]

@@ -1,0 +1,240 @@
+"""The functional API, and the rules of the operators that are written in Python: fake tensors and double backward.
+
+`torch.ops.fastseq.rnn_forward` and `rnn_backward` are registered by the compiled extension, first-order autograd with
+them. The rest of the letters: T time steps, B batch, I input, H hidden, P projected size (H without projection),
+L layers, D directions, G gates, N = T·B rows (or the rows of packed data).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from fastseq import _load, reference
+
+__all__ = ["rnn"]
+
+_C = _load._C
+_rnn_forward = torch.ops.fastseq.rnn_forward.default
+
+
+def rnn(
+    cell: str,
+    x: Tensor,
+    hx: Tensor | None = None,
+    cx: Tensor | None = None,
+    weights: Sequence[Tensor] = (),
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    bias: bool = True,
+    dropout_masks: Sequence[Tensor] = (),
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""A stack of recurrent layers over whole sequences, or one step of one layer, on the CPU in float32 or float64.
+
+    With gx = x W_ihᵀ + b_ih and gh = h W_hhᵀ + b_hh split into the cell's gates, in PyTorch's order,
+
+    - ``"rnn_tanh"``, ``"rnn_relu"`` (Elman, "Finding structure in time", 1990): h' = tanh(gx + gh), max(gx + gh, 0)
+    - ``"lstm"`` (Hochreiter and Schmidhuber, "Long short-term memory", 1997; Gers et al., "Learning to forget", 2000):
+      i, f, o = σ(gx + gh), g = tanh(gx + gh), c' = f c + i g, h' = o tanh(c'); with a projection h' = W_hr (o tanh(c'))
+      (Sak et al., "Long short-term memory recurrent neural network architectures ...", 2014)
+    - ``"gru"`` (Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014, with r applied after
+      the product, as cuDNN and PyTorch do): r, z = σ(gx + gh), n = tanh(gx_n + r gh_n), h' = (1 - z) n + z h
+
+    Args:
+        cell: one of the four names above.
+        x: (T, B, I), time first; or (N, I), packed, with `batch_sizes`; or (B, I) without it: one step of one layer.
+        hx: initial h, (L·D, B, P), or (B, P) for one step. None means zeros.
+        cx: initial c of an LSTM, (L·D, B, H), or (B, H) for one step. None means zeros.
+        weights: for each layer, for each direction: w_ih (G·H, I or D·P), w_hh (G·H, P), then b_ih and b_hh (G·H,) if
+            `bias`, then w_hr (P, H) for an LSTM with a projection.
+        num_layers: L.
+        bidirectional: D = 2; a layer's output is [forward, backward] along its last dimension.
+        bias: whether `weights` has biases.
+        dropout_masks: none, or L - 1 tensors of the shape of a layer's output, (T, B, D·P) or packed (N, D·P), already
+            scaled by 1/(1 - p). Mask l is multiplied onto the output of layer l. They get no gradient.
+        lengths: int64 on the CPU, (B,), in any order, each 0..T. Beyond a row's length its output is zero; its final
+            state is the one at its last step (length 0: its initial state); its reverse direction starts there.
+        batch_sizes: int64 on the CPU, (T,): how many rows live at each step, as in `PackedSequence`. Not with `lengths`.
+
+    Returns:
+        output (T, B, D·P), packed (N, D·P), or (B, P) for one step; h_n (L·D, B, P), or an empty tensor for one step,
+        where it would equal `output`; c_n (L·D, B, H) or (B, H), an empty tensor for a cell other than the LSTM.
+
+    Differentiable twice in x, hx, cx and the weights. Under `torch.func` transforms and forward-mode AD the call runs
+    `fastseq.reference.rnn`, which is plain PyTorch, so that `grad`, `vmap` and `jvp` are right there, if slow.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or length that does not fit (NotImplementedError, a subclass, for devices
+            without a kernel); the message has what was expected and what arrived.
+        ValueError: an unknown cell, or a number of weights or masks that does not fit the options.
+    """
+    if not is_compiling() and is_transformed():
+        return reference.rnn(
+            cell,
+            x,
+            hx,
+            cx,
+            weights,
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            bias=bias,
+            dropout_masks=dropout_masks,
+            lengths=lengths,
+            batch_sizes=batch_sizes,
+        )
+    output, h_n, c_n, _ = _rnn_forward(
+        cell, x, hx, cx, weights, dropout_masks, lengths, batch_sizes, num_layers, bidirectional, bias, False
+    )
+    return output, h_n, c_n
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active, whose rules the operators do not have."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# ---- Fake tensors: shapes without data, for torch.compile and torch.export ------------------------------------------
+
+
+def _check_devices(x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor]) -> None:
+    """One tensor on the meta device brings a call here: without this, real tensors beside it would get no result."""
+    for name, tensors in (("hidden", states), ("parameter", weights)):
+        for tensor in tensors:
+            if tensor is not None and tensor.device != x.device:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input tensor at {x.device} "
+                    f"and {name} tensor at {tensor.device}"
+                )
+
+
+@torch.library.register_fake("fastseq::rnn_forward")
+def _rnn_forward_fake(
+    cell: str,
+    x: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(x, (hx, cx), weights)
+    directions = 2 if bidirectional else 1
+    groups = num_layers * directions
+    projected = len(weights) // groups == (5 if bias else 3)
+    P = weights[1].shape[1]
+    H = weights[len(weights) // groups - 1].shape[1] if projected else P
+    # Saved for each row, direction and layer: the output, what the cell keeps, and the output before a projection.
+    saved = P + _C.cells()[cell]["kept"] * H + (H if projected else 0)
+    reserve = x.new_empty(math.prod(x.shape[:-1]) * groups * saved if save else 0)
+    nothing = x.new_empty(0)
+
+    if x.dim() == 2 and batch_sizes is None:
+        B = x.shape[0]
+        return x.new_empty(B, P), nothing, x.new_empty(B, H) if cell == "lstm" else x.new_empty(0), reserve
+    if batch_sizes is None:
+        B = x.shape[1]
+    elif hx is not None:
+        B = hx.shape[1]
+    else:  # batch_sizes[0], a value that a fake tensor does not have
+        B = torch.library.get_ctx().new_dynamic_size()
+    output = x.new_empty(*x.shape[:-1], directions * P)
+    h_n = x.new_empty(groups, B, P)
+    return output, h_n, x.new_empty(groups, B, H) if cell == "lstm" else nothing, reserve
+
+
+@torch.library.register_fake("fastseq::rnn_backward")
+def _rnn_backward_fake(
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    cell: str,
+    x: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    reserve: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    _check_devices(x, (hx, cx), weights)
+    tensors = (x, hx, cx, *weights)
+    return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need and t is not None]
+
+
+# ---- Double backward: the reference's backward, differentiated ------------------------------------------------------
+
+
+def _save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    (d_output, d_h_n, d_c_n, cell, x, hx, cx, weights, masks, lengths, batch_sizes, L, bidirectional, bias, _, needs) = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_output, d_h_n, d_c_n, x, hx, cx, lengths, batch_sizes, *weights, *masks)
+    ctx.cell, ctx.needs, ctx.weight_count = cell, needs, len(weights)
+    ctx.options = {"num_layers": L, "bidirectional": bidirectional, "bias": bias}
+
+
+def _rnn_double_backward(ctx: Any, dd: list[Tensor | None]) -> tuple[Any, ...]:
+    d_output, d_h_n, d_c_n, x, hx, cx, lengths, batch_sizes, *rest = ctx.saved_tensors
+    weights, masks = rest[: ctx.weight_count], rest[ctx.weight_count :]
+    needs = ctx.needs_input_grad
+    differentiable = [d_output, d_h_n, d_c_n, x, hx, cx, *weights]
+    wanted = [
+        t is not None and need
+        for t, need in zip(differentiable, (*needs[:3], *needs[4:7], *needs[7]), strict=True)
+    ]
+    with torch.enable_grad():
+        # A view of each, so that the places of a tensor that is passed twice (tied weights) get their own gradients.
+        views = [t.view_as(t) if want else t for t, want in zip(differentiable, wanted, strict=True)]
+        d_output, d_h_n, d_c_n, x, hx, cx, *weights = views
+        gradients = reference.rnn_backward(
+            d_output,
+            d_h_n,
+            d_c_n,
+            ctx.cell,
+            x,
+            hx,
+            cx,
+            weights,
+            needs=ctx.needs,
+            dropout_masks=masks,
+            lengths=lengths,
+            batch_sizes=batch_sizes,
+            **ctx.options,
+        )
+        pairs = [(g, dg) for g, dg in zip(gradients, dd, strict=True) if dg is not None and g.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [g for g, _ in pairs],
+            [t for t, want in zip(views, wanted, strict=True) if want],
+            [dg for _, dg in pairs],
+            create_graph=torch.is_grad_enabled(),
+            allow_unused=True,
+        )
+        if pairs
+        else ()
+    )
+    dd_inputs = [next(found, None) if want else None for want in wanted]
+    # One entry for each argument of rnn_backward: the reserve, which those arguments determine, gets None.
+    return (*dd_inputs[:3], None, *dd_inputs[3:6], dd_inputs[6:], [None] * len(masks), *[None] * 7)
+
+
+torch.library.register_autograd("fastseq::rnn_backward", _rnn_double_backward, setup_context=_save_backward_inputs)
