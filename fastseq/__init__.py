@@ -1,7 +1,7 @@
 """C++-accelerated recurrent layers for PyTorch, in the place of those of torch.nn."""
 
-from fastseq._load import _C
 from fastseq import ops, reference
+from fastseq._load import _C
 from fastseq.convert import ConversionReport, convert, to_torch
 from fastseq.explain import Explanation, explain
 from fastseq.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -10,13 +10,13 @@ __version__ = _C.version()
 
 __all__ = [
     "GRU",
-    "GRUCell",
     "LSTM",
-    "LSTMCell",
     "RNN",
-    "RNNCell",
     "ConversionReport",
     "Explanation",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
     "convert",
     "explain",
     "ops",

@@ -16,7 +16,7 @@ __all__ = ["ConversionReport", "convert", "to_torch"]
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 _Class = type[torch.nn.Module]
 
-_TO_FASTSEQ: dict[_Class, _Class] = {
+TORCH_TO_FASTSEQ: dict[_Class, _Class] = {
     torch.nn.RNN: rnn.RNN,
     torch.nn.LSTM: rnn.LSTM,
     torch.nn.GRU: rnn.GRU,
@@ -24,7 +24,7 @@ _TO_FASTSEQ: dict[_Class, _Class] = {
     torch.nn.LSTMCell: rnn.LSTMCell,
     torch.nn.GRUCell: rnn.GRUCell,
 }
-_TO_TORCH: dict[_Class, _Class] = {ours: theirs for theirs, ours in _TO_FASTSEQ.items()}
+_FASTSEQ_TO_TORCH: dict[_Class, _Class] = {ours: theirs for theirs, ours in TORCH_TO_FASTSEQ.items()}
 
 
 @dataclass
@@ -75,7 +75,7 @@ def convert(model: Any, *, report: bool = False) -> Any:
     Raises:
         TypeError: `model` is no torch.nn.Module.
     """
-    return _swap(model, _TO_FASTSEQ, report)
+    return _swap(model, TORCH_TO_FASTSEQ, report)
 
 
 @overload
@@ -89,7 +89,7 @@ def to_torch(model: Any, *, report: bool = False) -> Any:
 
     Args, Returns, Raises: as `convert`.
     """
-    return _swap(model, _TO_TORCH, report)
+    return _swap(model, _FASTSEQ_TO_TORCH, report)
 
 
 def _swap(model: Any, classes: dict[_Class, _Class], return_report: bool) -> Any:
@@ -100,7 +100,7 @@ def _swap(model: Any, classes: dict[_Class, _Class], return_report: bool) -> Any
         old = _class_of(module)
         if old in classes and "forward" not in vars(module):
             _change_class(module, classes[old])
-            report.swapped[name] = f"{_qualified_name(old)} -> {_qualified_name(classes[old])}"
+            report.swapped[name] = f"{qualified_name(old)} -> {qualified_name(classes[old])}"
         elif (why := _why_left(module, classes)) is not None:
             report.left[name] = why
     if return_report:
@@ -137,18 +137,19 @@ def _why_left(module: torch.nn.Module, classes: dict[_Class, _Class]) -> str | N
     for base in classes:
         if issubclass(cls, base):
             return (
-                f"as {_qualified_name(cls)} is a subclass of {_qualified_name(base)}, whose code may rely on it: "
-                f"derive it from {_qualified_name(classes[base])}"
+                f"as {qualified_name(cls)} is a subclass of {qualified_name(base)}, whose code may rely on it: "
+                f"derive it from {qualified_name(classes[base])}"
             )
     names = {base.__name__ for base in classes}
     if isinstance(module, torch.jit.ScriptModule):
         return f"as it is TorchScript of {module.original_name}" if module.original_name in names else None
     if cls.__name__ in names and cls.__module__.startswith("torch.ao."):
-        return f"as {_qualified_name(cls)} is quantized"
+        return f"as {qualified_name(cls)} is quantized"
     return None
 
 
-def _qualified_name(cls: _Class) -> str:
+def qualified_name(cls: type) -> str:
+    """The name under which users know a class: fastseq.GRU, torch.nn.GRU, their.module.Model."""
     for package in (torch.nn, rnn):
         if getattr(package, cls.__name__, None) is cls:
             return f"{'fastseq' if package is rnn else 'torch.nn'}.{cls.__name__}"

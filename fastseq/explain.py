@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import _load, ops
+from fastseq.convert import TORCH_TO_FASTSEQ, qualified_name
 from fastseq.rnn import _Cell, _Layer, kernel_obstacle
 
 
@@ -48,9 +49,10 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
         TypeError: `layer` is no recurrent layer or cell.
     """
     x = input.data if isinstance(input, PackedSequence) else input
-    name = f"{type(layer).__module__.partition('.')[0]}.{type(layer).__name__}"
-    if isinstance(layer, (torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU, torch.nn.RNNCell, torch.nn.LSTMCell, torch.nn.GRUCell)):
-        return Explanation(name, "torch", "torch's own operator", "it is torch.nn's layer, which fastseq.convert swaps")
+    name = qualified_name(type(layer))
+    if isinstance(layer, tuple(TORCH_TO_FASTSEQ)):
+        reason = "only fastseq's layers have kernels: see fastseq.convert"
+        return Explanation(name, "torch", "torch's own operator", reason)
     if not isinstance(layer, (_Layer, _Cell)):
         raise TypeError(f"explain takes a recurrent layer or cell of fastseq or torch.nn; got {name}")
     obstacle = kernel_obstacle(x)

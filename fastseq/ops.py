@@ -64,7 +64,7 @@ def rnn(
             scaled by 1/(1 - p). Mask l is multiplied onto the output of layer l. They get no gradient.
         lengths: int64 on the CPU, (B,), in any order, each 0..T. Beyond a row's length its output is zero; its final
             state is the one at its last step (length 0: its initial state); its reverse direction starts there.
-        batch_sizes: int64 on the CPU, (T,): how many rows live at each step, as in `PackedSequence`. Not with `lengths`.
+        batch_sizes: int64 on the CPU, (T,): the rows alive at each step, as in `PackedSequence`. Not with `lengths`.
 
     Returns:
         output (T, B, D·P), packed (N, D·P), or (B, P) for one step; h_n (L·D, B, P), or an empty tensor for one step,
@@ -185,11 +185,12 @@ def _rnn_backward_fake(
 
 
 def _save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    (d_output, d_h_n, d_c_n, cell, x, hx, cx, weights, masks, lengths, batch_sizes, L, bidirectional, bias, _, needs) = inputs
+    d_output, d_h_n, d_c_n, cell, x, hx, cx, weights, masks, lengths, batch_sizes, *rest = inputs
+    num_layers, bidirectional, bias, _, needs = rest
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_output, d_h_n, d_c_n, x, hx, cx, lengths, batch_sizes, *weights, *masks)
     ctx.cell, ctx.needs, ctx.weight_count = cell, needs, len(weights)
-    ctx.options = {"num_layers": L, "bidirectional": bidirectional, "bias": bias}
+    ctx.options = {"num_layers": num_layers, "bidirectional": bidirectional, "bias": bias}
 
 
 def _rnn_double_backward(ctx: Any, dd: list[Tensor | None]) -> tuple[Any, ...]:
@@ -198,8 +199,7 @@ def _rnn_double_backward(ctx: Any, dd: list[Tensor | None]) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     differentiable = [d_output, d_h_n, d_c_n, x, hx, cx, *weights]
     wanted = [
-        t is not None and need
-        for t, need in zip(differentiable, (*needs[:3], *needs[4:7], *needs[7]), strict=True)
+        t is not None and need for t, need in zip(differentiable, (*needs[:3], *needs[4:7], *needs[7]), strict=True)
     ]
     with torch.enable_grad():
         # A view of each, so that the places of a tensor that is passed twice (tied weights) get their own gradients.

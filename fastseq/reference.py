@@ -115,8 +115,10 @@ def rnn(
             raise ValueError("expected lengths or batch_sizes; got both")
         return _rnn_packed(cell, x, hx, cx, weights, dropout_masks, batch_sizes, options)
     if x.dim() == 2:
+        if num_layers != 1 or bidirectional or dropout_masks or lengths is not None:
+            raise ValueError("a 2-D x is one step of one layer: no layers, directions, masks or lengths go with it")
         hx, cx = (s if s is None else s.unsqueeze(0) for s in (hx, cx))
-        output, _, c_n = rnn(cell, x.unsqueeze(0), hx, cx, weights, lengths=lengths, **options)
+        output, _, c_n = rnn(cell, x.unsqueeze(0), hx, cx, weights, **options)
         return output.squeeze(0), x.new_zeros(0), c_n.squeeze(0) if cell == "lstm" else c_n
 
     directions = 2 if bidirectional else 1

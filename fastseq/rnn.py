@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from fastseq import ops
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell"]
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
 Lengths = Tensor | Sequence[int]
 Pair = tuple[Tensor, Tensor]
@@ -123,7 +123,7 @@ class _Layer(torch.nn.RNNBase):
         return output, self.permute_hidden(hx, unsorted_indices)
 
     def _check(self, input: Tensor, hx: Any, batch_sizes: Tensor | None, B: int, weights: list[Tensor]) -> None:
-        """torch's checks in torch's words; RNNBase's methods run only when they are going to raise, as they are slow."""
+        """torch's checks, in torch's words: RNNBase's methods, which are slow, and so run only when they will raise."""
         fits = (
             input.dtype == weights[0].dtype
             and input.dim() == (3 if batch_sizes is None else 2)
@@ -173,21 +173,17 @@ class _Layer(torch.nn.RNNBase):
         c = torch.zeros(groups, B, self.hidden_size, dtype=x.dtype, device=x.device)
         return self._join_state(h, c)
 
-    def _run_torch(
-        self, x: Tensor, hx: Any, weights: list[Tensor], batch_sizes: Tensor | None
-    ) -> tuple[Tensor, Any]:
+    def _run_torch(self, x: Tensor, hx: Any, weights: list[Tensor], batch_sizes: Tensor | None) -> tuple[Tensor, Any]:
         """torch's own operator, called as torch.nn calls it."""
         if hx is None:
             hx = self._zero_state(x, x.shape[1] if batch_sizes is None else int(batch_sizes[0]))
+        if self.mode == "LSTM" and _autocast_lstm_fails(x, batch_sizes):
+            # What autocast is about to do inside; with x already cast, torch does not go to oneDNN.
+            x, *hx = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, *hx))
         operator = getattr(_VF, self._cell)
         options = (weights, self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         if batch_sizes is not None:
             output, *state = operator(x, batch_sizes, hx, *options)
-        elif self.mode == "LSTM" and _lacks_autocast_lstm(x):
-            with torch.backends.mkldnn.flags(enabled=False):
-                results = operator(x, hx, *options, False)
-            # The dtype that oneDNN's kernel returns on a processor that has it.
-            output, *state = (result.to(torch.get_autocast_dtype("cpu")) for result in results)
         else:
             output, *state = operator(x, hx, *options, False)
         return output, self._join_state(*state)
@@ -244,16 +240,25 @@ def _check_lengths(lengths: Lengths, B: int) -> Tensor:
     return lengths.to("cpu", torch.int64)
 
 
-def _lacks_autocast_lstm(x: Tensor) -> bool:
-    """Whether autocast would lead torch to a oneDNN kernel that this processor has not ("could not create a primitive
-    descriptor")."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0 or not torch.is_autocast_enabled("cpu"):
+def _onednn_lacks(dtype: torch.dtype) -> bool:
+    """Whether torch hands an LSTM to oneDNN, and this processor has no kernel of it for `dtype`."""
+    if not torch.backends.mkldnn.is_available():
         return False
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    if torch.get_autocast_dtype("cpu") == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+_ONEDNN_LACKS = {dtype: _onednn_lacks(dtype) for dtype in (torch.bfloat16, torch.float16)}
+
+
+def _autocast_lstm_fails(x: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether torch's LSTM would fail under autocast: "could not create a primitive descriptor"."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0 or not torch.is_autocast_enabled("cpu"):
+        return False
+    if not _ONEDNN_LACKS.get(torch.get_autocast_dtype("cpu"), False):
+        return False
+    return batch_sizes is None or bool(batch_sizes[0] == batch_sizes[-1])  # packed rows of several lengths run
 
 
 class _OneState(_Layer):
@@ -492,8 +497,7 @@ class LSTM(_Layer):
         if hx[0].dim() != dim or hx[1].dim() != dim:
             form = "unbatched 2-D" if dim == 2 else "batched 3-D"
             raise RuntimeError(
-                f"For {form} input, hx and cx should also be {dim}-D but got "
-                f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                f"For {form} input, hx and cx should also be {dim}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
             )
 
     def _hx_fits(self, hx: Pair, groups: int, B: int) -> bool:
@@ -540,10 +544,10 @@ class _Cell(torch.nn.RNNCellBase):
             raise RuntimeError(f"input has inconsistent input_size: got {I} expected {self.input_size}")
         for k, s in enumerate((h, c)):
             if s is not None and s.shape != (B, self.hidden_size):
-                if s.shape[0] != B:
-                    raise RuntimeError(f"Input batch size {B} doesn't match hidden{k} batch size {s.shape[0]}")
+                if s.size(0) != B:
+                    raise RuntimeError(f"Input batch size {B} doesn't match hidden{k} batch size {s.size(0)}")
                 raise RuntimeError(
-                    f"hidden{k} has inconsistent hidden_size: got {s.shape[-1]}, expected {self.hidden_size}"
+                    f"hidden{k} has inconsistent hidden_size: got {s.size(1)}, expected {self.hidden_size}"
                 )
         bias = b_ih is not None
         h, _, c = ops.rnn(self._cell, input, h, c, (w_ih, w_hh, b_ih, b_hh) if bias else (w_ih, w_hh), bias=bias)
@@ -596,7 +600,7 @@ class RNNCell(_Cell):
 
     Raises:
         ValueError: an input or state of more than two dimensions.
-        RuntimeError: an input or state of the wrong size, tensors of several dtypes or devices, an unknown nonlinearity.
+        RuntimeError: an input or state of the wrong size, several dtypes or devices, an unknown nonlinearity.
     """
 
     __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]

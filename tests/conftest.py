@@ -23,6 +23,15 @@ def _fresh_random_inputs(request):
 
 
 @pytest.fixture
+def one_thread():
+    """For small sizes, at which more threads only cost time: `pytestmark = pytest.mark.usefixtures("one_thread")`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def kernel_calls():
     """A context that asserts exactly which kernels its body ran: `with kernel_calls("gru", dtype, forward=1): ...`"""
 

@@ -6,9 +6,22 @@ import warnings
 import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
-from twins import CELLS, DTYPES, LAYERS, assert_same, assert_twins_agree, cell_of, random_state, recorded_error, twins
+from twins import (
+    CELLS,
+    DTYPES,
+    LAYERS,
+    assert_same,
+    assert_twins_agree,
+    cell_of,
+    random_state,
+    recorded_error,
+    twins,
+    without_batch,
+)
 
 import fastseq
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 T, B, I, H = 5, 4, 3, 6
 
@@ -25,11 +38,14 @@ OPTIONS = {
 }
 
 
-def layer_options():
-    for name in ["RNN", "RNN/relu", "GRU", "LSTM"]:
-        for label, options in OPTIONS.items():
-            if name == "LSTM" or "proj_size" not in options:
-                yield pytest.param(name, options, id=f"{name}-{label}")
+def layers_with(*labels):
+    """Each layer with each of these options, as test parameters."""
+    return [
+        pytest.param(name, OPTIONS[label], id=f"{name}-{label}")
+        for name in ["RNN", "RNN/relu", "GRU", "LSTM"]
+        for label in labels
+        if name == "LSTM" or "proj_size" not in OPTIONS[label]
+    ]
 
 
 def padded(x):
@@ -49,45 +65,46 @@ def packed_full(batch_first):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name, options", list(layer_options()))
 class TestLayer:
-    def check(self, name, options, dtype, form, shape, state_batch, kernel_calls):
+    def check(self, name, options, dtype, form, steps, batch, kernel_calls):
+        """Training without a state, then evaluation with one: both through exactly one kernel each way."""
         theirs, ours = twins(name, I, H, dtype=dtype, **options)
+        shape = (batch, steps, I) if options.get("batch_first") else (steps, batch, I)
         x = torch.randn(shape, dtype=dtype, requires_grad=True)
-        for hx in (None, random_state(theirs, state_batch)):
-            with kernel_calls(cell_of(ours), dtype, forward=1, backward=1):
-                assert_twins_agree(theirs, ours, form, x, hx)
-            for layer in (theirs, ours):
-                layer.eval()
+        with kernel_calls(cell_of(ours), dtype, forward=1, backward=1):
+            assert_twins_agree(theirs, ours, form, x)
+        theirs.eval(), ours.eval()
+        with kernel_calls(cell_of(ours), dtype, forward=1, backward=1):
+            assert_twins_agree(theirs, ours, form, x, random_state(theirs, batch))
 
+    @pytest.mark.parametrize("name, options", layers_with(*OPTIONS))
     def test_padded(self, name, options, dtype, kernel_calls):
-        shape = (B, T, I) if options.get("batch_first") else (T, B, I)
-        self.check(name, options, dtype, padded, shape, B, kernel_calls)
+        self.check(name, options, dtype, padded, T, B, kernel_calls)
 
-    @pytest.mark.parametrize("pack", [packed_sorted, packed_unsorted, packed_full])
+    @pytest.mark.parametrize("pack", [packed_sorted, packed_unsorted])
+    @pytest.mark.parametrize("name, options", layers_with(*OPTIONS))
     def test_packed(self, name, options, dtype, pack, kernel_calls):
-        batch_first = options.get("batch_first", False)
-        shape = (B, T, I) if batch_first else (T, B, I)
-        self.check(name, options, dtype, pack(batch_first), shape, B, kernel_calls)
+        self.check(name, options, dtype, pack(options.get("batch_first", False)), T, B, kernel_calls)
 
+    @pytest.mark.parametrize("name, options", layers_with("plain", "all", "proj-all"))
+    def test_packed_rows_of_one_length(self, name, options, dtype, kernel_calls):
+        self.check(name, options, dtype, packed_full(options.get("batch_first", False)), T, B, kernel_calls)
+
+    @pytest.mark.parametrize("name, options", layers_with("plain", "all", "proj-all"))
+    def test_one_step(self, name, options, dtype, kernel_calls):
+        self.check(name, options, dtype, padded, 1, B, kernel_calls)
+
+    @pytest.mark.parametrize("name, options", layers_with("plain", "all", "proj-all"))
+    def test_empty_batch(self, name, options, dtype, kernel_calls):
+        self.check(name, options, dtype, padded, T, 0, kernel_calls)
+
+    @pytest.mark.parametrize("name, options", layers_with("plain", "batch_first", "all", "proj-all"))
     def test_unbatched(self, name, options, dtype, kernel_calls):
         theirs, ours = twins(name, I, H, dtype=dtype, **options)
         x = torch.randn(T, I, dtype=dtype, requires_grad=True)
-        state = random_state(theirs, 1)
-        unbatched = tuple(s.detach().squeeze(1).requires_grad_() for s in state) if isinstance(state, tuple) else (
-            state.detach().squeeze(1).requires_grad_()
-        )
-        for hx in (None, unbatched):
+        for hx in (None, without_batch(random_state(theirs, 1), 1)):
             with kernel_calls(cell_of(ours), dtype, forward=1, backward=1):
                 assert_twins_agree(theirs, ours, padded, x, hx)
-
-    def test_one_step(self, name, options, dtype, kernel_calls):
-        shape = (B, 1, I) if options.get("batch_first") else (1, B, I)
-        self.check(name, options, dtype, padded, shape, B, kernel_calls)
-
-    def test_empty_batch(self, name, options, dtype, kernel_calls):
-        shape = (0, T, I) if options.get("batch_first") else (T, 0, I)
-        self.check(name, options, dtype, padded, shape, 0, kernel_calls)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -177,11 +194,7 @@ class TestCell:
     def test_unbatched(self, name, bias, dtype, kernel_calls):
         theirs, ours = twins(name, I, H, bias=bias, dtype=dtype)
         x = torch.randn(I, dtype=dtype, requires_grad=True)
-        state = random_state(theirs, 1)
-        unbatched = tuple(s.detach()[0].requires_grad_() for s in state) if isinstance(state, tuple) else (
-            state.detach()[0].requires_grad_()
-        )
-        for hx in (None, unbatched):
+        for hx in (None, without_batch(random_state(theirs, 1), 0)):
             with kernel_calls(cell_of(ours), dtype, forward=1, backward=1):
                 assert_twins_agree(theirs, ours, padded, x, hx)
 
@@ -198,9 +211,8 @@ class TestCell:
         grads = []
         for cell in (theirs, ours):
             x, hx, outputs = xs.clone().requires_grad_(), None, []
-            with kernel_calls(*((cell_of(ours), dtype) if cell is ours else ()), **(
-                {"forward": T, "backward": T} if cell is ours else {}
-            )):
+            calls = T if cell is ours else 0
+            with kernel_calls(cell_of(ours), dtype, forward=calls, backward=calls):
                 for t in range(T):
                     hx = cell(x[t], hx)
                     outputs.append(hx[0] if isinstance(hx, tuple) else hx)

@@ -41,15 +41,21 @@ def random_state(layer, B, scale=1.0):
     return state if len(state) == 2 else state[0]
 
 
+def without_batch(state, dim):
+    """A state of one row as leaves without the batch dimension."""
+    leaves = tuple(s.detach().squeeze(dim).requires_grad_() for s in tensors(state))
+    return leaves if isinstance(state, tuple) else leaves[0]
+
+
 def tensors(result):
-    """The tensors of a layer's result, in order; a PackedSequence counts as its data and its indices."""
+    """The tensors of a result or state, in order; a PackedSequence counts as its data and its indices."""
     out = []
     for leaf in _pytree.tree_leaves(result, is_leaf=lambda node: isinstance(node, PackedSequence)):
         if isinstance(leaf, PackedSequence):
-            out += [part for part in leaf if part is not None]
+            out += leaf
         else:
             out.append(leaf)
-    return out
+    return [t for t in out if t is not None]
 
 
 def leaf_copy(tree):
@@ -85,7 +91,7 @@ def run(layer, form, x, hx, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     loss = sum((torch.randn(t.shape, generator=generator, dtype=t.dtype) * t).sum() for t in floating)
     loss.backward()
-    grads = [t.grad for t in (x, *tensors(hx)) if t is not None and t.requires_grad]
+    grads = [t.grad for t in tensors((x, hx)) if t.requires_grad]
     grads += [p.grad for p in layer.parameters() if p.requires_grad]
     return result, grads, after
 

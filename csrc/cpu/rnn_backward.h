@@ -210,8 +210,16 @@ class BackwardDirection {
     }
   }
 
+  // As ForwardDirection::update: whole vectors have code of their own.
   FASTSEQ_INLINE void update_backward(int64_t n, int64_t r, int64_t j, V dh, const T* h_prev, const T* c_prev) {
-    const int64_t valid = H_ - j;
+    if (H_ - j >= V::size) {
+      update_lanes(n, r, j, V::size, dh, h_prev, c_prev);
+    } else {
+      update_lanes(n, r, j, H_ - j, dh, h_prev, c_prev);
+    }
+  }
+  FASTSEQ_INLINE void update_lanes(int64_t n, int64_t r, int64_t j, int64_t valid, V dh, const T* h_prev,
+                                   const T* c_prev) {
     V keep[Cell::kept + 1], dg[Cell::grads], h(0), before(0), c_before(0), dc(0);
     const T* kept = p_->kept[d_] + n * Cell::kept * H_ + j;
     for (int k = 0; k < Cell::kept; ++k) keep[k] = V::load(kept + k * H_, valid);
@@ -306,8 +314,7 @@ template <class Cell, class T>
 void rnn_backward(const RnnBackward<T>& p) {
   BackwardDirection<Cell, T> directions[2];
   const int64_t T_ = p.schedule.steps;
-  const int64_t chunk =
-      steps_per_chunk(p.schedule, Cell::grads * p.hidden_size * sizeof(T), kBackwardChunkBytes, 2048);
+  const int64_t chunk = steps_per_chunk(p.schedule, Cell::grads * p.hidden_size * sizeof(T), kBackwardChunkBytes);
   for (int d = 0; d < p.directions; ++d) directions[d].prepare(p, d, chunk);
   if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
     const int64_t panels = directions[0].panels();

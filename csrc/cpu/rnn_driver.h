@@ -1,13 +1,14 @@
 // What the forward and the backward drivers of a recurrent layer share: the order of time, and who computes what.
 #pragma once
 
-// Measured on two cores with and without AVX-512 (docs/performance.md); none changes a result's bits.
+// Measured on two cores with AVX2 (docs/performance.md). None changes a bit of the recurrent products.
 constexpr int64_t kStepsToPack = 8;           // packing costs a few steps: a shorter sequence calls the GEMM each step
-constexpr double kFlopsToShareUnits = 1.0e5;  // a step with less work than this is done before a barrier is
+constexpr double kFlopsToShareUnits = 9.0e4;  // a step with less work than this is done before a barrier is
 constexpr int64_t kRowsToShareRows = 6;       // rows a thread needs to be worth its own pass over the weights
 constexpr int64_t kUnitsToShare = 32768;      // elementwise work worth starting a team for
-constexpr int64_t kChunkBytes = 1 << 20;           // gx computed ahead of the steps
-constexpr int64_t kBackwardChunkBytes = 32 << 20;  // dg kept for the weight gradients
+constexpr int64_t kChunkBytes = 8 << 20;           // gx computed ahead of the steps
+constexpr int64_t kBackwardChunkBytes = 16 << 20;  // dg kept for the weight gradients
+constexpr int64_t kChunkRows = 1024;               // at least: the GEMM packs its weights once a chunk
 
 template <class T>
 void copy_or_zero(T* to, const T* from, int64_t numbers) {
@@ -128,10 +129,9 @@ void run_plan(int threads, const Schedule& schedule, int directions, double flop
 }
 
 // Steps whose GEMM runs together: enough rows for it to run at speed, few enough for the memory it may take.
-inline int64_t steps_per_chunk(const Schedule& schedule, int64_t bytes_per_row, int64_t target_bytes,
-                               int64_t least_rows) {
+inline int64_t steps_per_chunk(const Schedule& schedule, int64_t bytes_per_row, int64_t target_bytes) {
   int64_t rows = target_bytes / (bytes_per_row > 0 ? bytes_per_row : 1);
-  if (rows < least_rows) rows = least_rows;
+  if (rows < kChunkRows) rows = kChunkRows;
   const int64_t steps = rows / (schedule.batch > 0 ? schedule.batch : 1);
   return steps < 1 ? 1 : steps;
 }

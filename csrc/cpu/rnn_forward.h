@@ -145,9 +145,17 @@ class ForwardDirection {
     });
   }
 
-  // Units [j, j + V) of row r: gh without bias at gh[gate * gate_stride].
+  // Units [j, j + V) of row r: gh without bias at gh[gate * gate_stride]. Whole vectors get code of their own, in which
+  // `valid` is a constant and no access asks how many lanes there are.
   FASTSEQ_INLINE void update(int64_t n, int64_t r, int64_t j, const T* gh, int64_t gate_stride, const T* h_prev) {
-    const int64_t valid = H_ - j;
+    if (H_ - j >= V::size) {
+      update_lanes(n, r, j, V::size, gh, gate_stride, h_prev);
+    } else {
+      update_lanes(n, r, j, H_ - j, gh, gate_stride, h_prev);
+    }
+  }
+  FASTSEQ_INLINE void update_lanes(int64_t n, int64_t r, int64_t j, int64_t valid, const T* gh, int64_t gate_stride,
+                                   const T* h_prev) {
     T* gx = gx_rows_ + n * gx_ld_ + j;
     V x[Cell::gates], h[Cell::gates];
     for (int g = 0; g < Cell::gates; ++g) {
@@ -208,7 +216,7 @@ void rnn_forward(const RnnForward<T>& p) {
     const int64_t panels = directions[0].panels();
     parallel_for(p.threads, panels * p.directions, [&](int64_t i) { directions[i / panels].pack(i % panels); });
 
-    const int64_t chunk = steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(T), kChunkBytes, 256);
+    const int64_t chunk = steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(T), kChunkBytes);
     for (int d = 0; d < p.directions; ++d) directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch);
     const double flops = 2.0 * Cell::gates * p.schedule.batch * p.hidden_size * p.out_size();
     for (int64_t s0 = 0; s0 < T_; s0 += chunk) {
