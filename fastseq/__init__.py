@@ -1,7 +1,7 @@
 """C++-accelerated recurrent layers for PyTorch, in the place of those of torch.nn."""
 
+from fastseq._load import _C  # isort: skip  (first: it says in one sentence what is missing)
 from fastseq import ops, reference
-from fastseq._load import _C
 from fastseq.convert import ConversionReport, convert, to_torch
 from fastseq.explain import Explanation, explain
 from fastseq.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastseq import _load, reference
 
@@ -184,57 +185,122 @@ def _rnn_backward_fake(
 # ---- Double backward: the reference's backward, differentiated ------------------------------------------------------
 
 
-def _save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    d_output, d_h_n, d_c_n, cell, x, hx, cx, weights, masks, lengths, batch_sizes, *rest = inputs
-    num_layers, bidirectional, bias, _, needs = rest
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(d_output, d_h_n, d_c_n, x, hx, cx, lengths, batch_sizes, *weights, *masks)
-    ctx.cell, ctx.needs, ctx.weight_count = cell, needs, len(weights)
-    ctx.options = {"num_layers": num_layers, "bidirectional": bidirectional, "bias": bias}
+def _rnn_double_backward(
+    dd: Sequence[Tensor | None],
+    d_output: Tensor | None,
+    d_h_n: Tensor | None,
+    d_c_n: Tensor | None,
+    cell: str,
+    x: Tensor,
+    hx: Tensor | None,
+    cx: Tensor | None,
+    weights: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    num_layers: int,
+    bidirectional: bool,
+    bias: bool,
+    needs: Sequence[bool],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients through rnn_backward of those of [d_output, d_h_n, d_c_n, x, hx, cx, *weights] that are `wanted`.
 
-
-def _rnn_double_backward(ctx: Any, dd: list[Tensor | None]) -> tuple[Any, ...]:
-    d_output, d_h_n, d_c_n, x, hx, cx, lengths, batch_sizes, *rest = ctx.saved_tensors
-    weights, masks = rest[: ctx.weight_count], rest[ctx.weight_count :]
-    needs = ctx.needs_input_grad
-    differentiable = [d_output, d_h_n, d_c_n, x, hx, cx, *weights]
-    wanted = [
-        t is not None and need for t, need in zip(differentiable, (*needs[:3], *needs[4:7], *needs[7]), strict=True)
-    ]
+    `dd` has, for each gradient that rnn_backward returned, the gradient of the loss in it, or None.
+    """
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # A view of each, so that the places of a tensor that is passed twice (tied weights) get their own gradients.
-        views = [t.view_as(t) if want else t for t, want in zip(differentiable, wanted, strict=True)]
-        d_output, d_h_n, d_c_n, x, hx, cx, *weights = views
+        places = [d_output, d_h_n, d_c_n, x, hx, cx, *weights]
+        places = [_differentiable_view(t) if want else t for t, want in zip(places, wanted, strict=True)]
+        d_output, d_h_n, d_c_n, x, hx, cx, *weights = places
         gradients = reference.rnn_backward(
             d_output,
             d_h_n,
             d_c_n,
-            ctx.cell,
+            cell,
             x,
             hx,
             cx,
             weights,
-            needs=ctx.needs,
-            dropout_masks=masks,
+            needs=needs,
+            num_layers=num_layers,
+            bidirectional=bidirectional,
+            bias=bias,
+            dropout_masks=dropout_masks,
             lengths=lengths,
             batch_sizes=batch_sizes,
-            **ctx.options,
         )
         pairs = [(g, dg) for g, dg in zip(gradients, dd, strict=True) if dg is not None and g.requires_grad]
-    found = iter(
-        torch.autograd.grad(
-            [g for g, _ in pairs],
-            [t for t, want in zip(views, wanted, strict=True) if want],
-            [dg for _, dg in pairs],
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-        )
-        if pairs
-        else ()
+        inputs = [t for t, want in zip(places, wanted, strict=True) if want]
+        if not pairs:
+            return [torch.zeros_like(t) for t in inputs]
+        outputs, grad_outputs = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, inputs, grad_outputs, create_graph=create_graph, materialize_grads=True)
+    return list(found)
+
+
+def _differentiable_view(t: Tensor) -> Tensor:
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+# A trace has no values for lengths and batch_sizes, by which the reference steers, so there this is one opaque operator.
+torch.library.define(
+    "fastseq::rnn_double_backward",
+    "(Tensor?[] dd, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, str cell, Tensor x, Tensor? hx, Tensor? cx, "
+    "Tensor[] weights, Tensor[] dropout_masks, Tensor? lengths, Tensor? batch_sizes, int num_layers, "
+    "bool bidirectional, bool bias, bool[] needs, bool[] wanted) -> Tensor[]",
+)
+
+
+@torch.library.impl("fastseq::rnn_double_backward", "cpu")
+def _rnn_double_backward_opaque(*args: Any) -> list[Tensor]:
+    return [t.detach().clone() for t in _rnn_double_backward(*args)]
+
+
+@torch.library.register_fake("fastseq::rnn_double_backward")
+def _rnn_double_backward_fake(*args: Any) -> list[Tensor]:
+    _, d_output, d_h_n, d_c_n, _, x, hx, cx, weights, *_, wanted = args
+    places = (d_output, d_h_n, d_c_n, x, hx, cx, *weights)
+    return [torch.empty_like(t) for t, want in zip(places, wanted, strict=True) if want]
+
+
+def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    d_output, d_h_n, d_c_n, cell, x, hx, cx, weights, masks, lengths, batch_sizes, *options, _, needs = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_output, d_h_n, d_c_n, x, hx, cx, lengths, batch_sizes, *weights, *masks)
+    ctx.cell, ctx.options, ctx.needs, ctx.weight_count = cell, options, needs, len(weights)
+
+
+def _differentiate_rnn_backward(ctx: Any, dd: list[Tensor | None]) -> tuple[Any, ...]:
+    d_output, d_h_n, d_c_n, x, hx, cx, lengths, batch_sizes, *rest = ctx.saved_tensors
+    weights, masks = rest[: ctx.weight_count], rest[ctx.weight_count :]
+    needed = ctx.needs_input_grad
+    wanted = [*needed[:3], *needed[4:7], *needed[7]]
+    function = torch.ops.fastseq.rnn_double_backward if is_in_torch_dispatch_mode() else _rnn_double_backward
+    found = function(
+        dd,
+        d_output,
+        d_h_n,
+        d_c_n,
+        ctx.cell,
+        x,
+        hx,
+        cx,
+        weights,
+        masks,
+        lengths,
+        batch_sizes,
+        *ctx.options,
+        ctx.needs,
+        wanted,
     )
-    dd_inputs = [next(found, None) if want else None for want in wanted]
+    remaining = iter(found)
+    places = [next(remaining) if want else None for want in wanted]
     # One entry for each argument of rnn_backward: the reserve, which those arguments determine, gets None.
-    return (*dd_inputs[:3], None, *dd_inputs[3:6], dd_inputs[6:], [None] * len(masks), *[None] * 7)
+    return (*places[:3], None, *places[3:6], places[6:], [None] * len(masks), *[None] * 7)
 
 
-torch.library.register_autograd("fastseq::rnn_backward", _rnn_double_backward, setup_context=_save_backward_inputs)
+torch.library.register_autograd(
+    "fastseq::rnn_backward", _differentiate_rnn_backward, setup_context=_save_for_double_backward
+)

@@ -90,13 +90,13 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
 RnnOutputs rnn_forward_autograd(std::string cell, const at::Tensor& x, const OptionalTensor& hx, const OptionalTensor& cx,
                                 at::TensorList weights, at::TensorList masks, const OptionalTensor& lengths,
                                 const OptionalTensor& batch_sizes, int64_t num_layers, bool bidirectional, bool bias,
-                                bool) {
+                                bool save) {
   const auto tracked = [](const at::Tensor& t) { return t.requires_grad(); };
   const bool needs_grad = at::GradMode::is_enabled() &&
                           (tracked(x) || (hx && tracked(*hx)) || (cx && tracked(*cx)) ||
                            std::any_of(weights.begin(), weights.end(), tracked));
-  if (!needs_grad)
-    return redispatch(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers, bidirectional, bias, false);
+  if (!needs_grad)  // a traced graph, which does its own autograd, asks for the reserve here
+    return redispatch(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers, bidirectional, bias, save);
   const variable_list out = RnnFunction::apply(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers,
                                                bidirectional, bias);
   return {out[0], out[1], out[2], out[3]};
