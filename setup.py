@@ -1,6 +1,7 @@
 """Builds the extension: finds the compiler, torch and Python's headers, and hands them to CMake (CMakeLists.txt).
 
 Environment: CXX (the compiler), MAX_JOBS (parallel compilations), FASTSEQ_BUILD_TYPE (Release, RelWithDebInfo, Debug),
+FASTSEQ_ISAS (instruction sets to compile for, as avx2,avx512; all of them if empty: a shorter list builds sooner),
 FASTSEQ_CUDA (0 or 1; this version has no CUDA kernels yet, so 1 is refused).
 """
 
@@ -103,6 +104,7 @@ class CMakeBuild(build_ext):
         settings = {
             "CMAKE_MAKE_PROGRAM": ninja,
             "CMAKE_BUILD_TYPE": os.environ.get("FASTSEQ_BUILD_TYPE", "Release"),
+            "FASTSEQ_ISAS": os.environ.get("FASTSEQ_ISAS", "").replace(",", ";"),
             "FASTSEQ_VERSION": self.distribution.get_version(),
             "FASTSEQ_PYTHON_INCLUDE": find_python_headers(),
             "FASTSEQ_EXT_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),

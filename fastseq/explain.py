@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import _load, ops
 from fastseq.convert import TORCH_TO_FASTSEQ, qualified_name
-from fastseq.rnn import _Cell, _Layer, kernel_obstacle
+from fastseq.rnn import TORCH_MODES, _Cell, _Layer, kernel_obstacle
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
     if not isinstance(layer, (_Layer, _Cell)):
         raise TypeError(f"explain takes a recurrent layer or cell of fastseq or torch.nn; got {name}")
     obstacle = kernel_obstacle(x)
+    if obstacle is not None and isinstance(layer, _Layer) and layer.mode not in TORCH_MODES:
+        return Explanation(name, "reference", "fastseq.reference.rnn", f"{obstacle}; torch has no such cell")
     if obstacle is not None:
         return Explanation(name, "torch", f"torch.{layer._cell}{'_cell' if isinstance(layer, _Cell) else ''}", obstacle)
     if ops.is_transformed():

@@ -244,7 +244,7 @@ def _differentiable_view(t: Tensor) -> Tensor:
     return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
-# A trace has no values for lengths and batch_sizes, by which the reference steers, so there this is one opaque operator.
+# The reference steers by the values of lengths and batch_sizes, which a trace has not: there it is one opaque operator.
 torch.library.define(
     "fastseq::rnn_double_backward",
     "(Tensor?[] dd, Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, str cell, Tensor x, Tensor? hx, Tensor? cx, "

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from fastseq import ops
+from fastseq import _load, ops, reference
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -25,6 +25,7 @@ Lengths = Tensor | Sequence[int]
 Pair = tuple[Tensor, Tensor]
 
 KERNEL_DTYPES = (torch.float32, torch.float64)
+TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # what RNNBase calls the cells that torch has
 
 
 def kernel_obstacle(x: Tensor) -> str | None:
@@ -53,9 +54,21 @@ class _Layer(torch.nn.RNNBase):
     # torch.jit.trace compiles the properties of a module that are not named here.
     __jit_unused_properties__ = ["all_weights", "_cell", "_flat_weights"]
 
+    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        """`mode` is the cell's name in capitals. RNNBase knows those of torch alone; a cell of our own gets the
+        parameters of a plain RNN, with the rows of as many gates as it has."""
+        super().__init__(mode if mode in TORCH_MODES else "RNN_TANH", *args, **kwargs)
+        if mode not in TORCH_MODES:
+            self.mode = mode
+            gates = _load._C.cells()[self._cell]["gates"]
+            for name in self._flat_weights_names:
+                rows, *columns = getattr(self, name).shape
+                setattr(self, name, torch.nn.Parameter(getattr(self, name).new_empty(gates * rows, *columns)))
+            self.reset_parameters()
+
     @property
     def _cell(self) -> str:
-        """The operator's name for the cell: "rnn_tanh", "rnn_relu", "lstm" or "gru"."""
+        """The operator's name for the cell: "rnn_tanh", "rnn_relu", "lstm", "gru", ..."""
         return self.mode.lower()
 
     @property
@@ -139,12 +152,16 @@ class _Layer(torch.nn.RNNBase):
         self, x: Tensor, hx: Any, weights: list[Tensor], lengths: Tensor | None, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Any]:
         """Checked input, time first or packed, to the output in the same form and the final state."""
+        rnn = ops.rnn
         if kernel_obstacle(x) is not None:
-            if lengths is not None and x.shape[1] > 0:
+            if self.mode not in TORCH_MODES:
+                rnn = reference.rnn
+            elif lengths is not None and x.shape[1] > 0:
                 return self._run_torch_with_lengths(x, hx, lengths)
-            return self._run_torch(x, hx, weights, batch_sizes)
+            else:
+                return self._run_torch(x, hx, weights, batch_sizes)
         h, c = self._split_state(hx)
-        output, h_n, c_n = ops.rnn(
+        output, h_n, c_n = rnn(
             self._cell,
             x,
             h,
@@ -164,7 +181,7 @@ class _Layer(torch.nn.RNNBase):
         if not self.training or self.dropout == 0:
             return []
         size = (2 if self.bidirectional else 1) * (self.proj_size or self.hidden_size)
-        ones = torch.ones(*x.shape[:-1], size, dtype=x.dtype)
+        ones = torch.ones(*x.shape[:-1], size, dtype=x.dtype, device=x.device)
         return [F.dropout(ones, self.dropout) for _ in range(self.num_layers - 1)]
 
     def _zero_state(self, x: Tensor, B: int) -> Any:

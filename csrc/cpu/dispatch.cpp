@@ -65,6 +65,12 @@ std::vector<std::string> available_isas() {
   return out;
 }
 
+const Kernels* find_kernels(const std::string& isa) {
+  for (const Kernels* variant : kVariants)
+    if (variant->isa == isa) return machine_runs(variant->isa) ? variant : nullptr;
+  return nullptr;
+}
+
 bool in_forked_child() { return forked; }
 
 }  // namespace fastseq::cpu

@@ -42,6 +42,9 @@ const Kernels& kernels();
 // Instruction sets in this build that this machine runs, best first.
 std::vector<std::string> available_isas();
 
+// The kernels of one instruction set; null when it is not in this build or this machine does not run it.
+const Kernels* find_kernels(const std::string& isa);
+
 // True in a child that was forked after this library was loaded.
 bool in_forked_child();
 

@@ -1,0 +1,133 @@
+// Counted checks, and buffers that show who reads or writes past their ends.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace fastseq::test {
+
+// n numbers between two fences. Fences and fresh contents are NaN: a kernel that reads past an end, or leaves an output
+// unwritten, shows it in its results. The odd fence also puts the numbers where no vector load is aligned.
+template <class T>
+class Guarded {
+ public:
+  Guarded() = default;  // absent: data() is null
+  explicit Guarded(int64_t size)
+      : storage_(size ? size + 2 * kFence : 0, std::numeric_limits<T>::quiet_NaN()), size_(size) {}
+
+  T* data() { return size_ ? storage_.data() + kFence : nullptr; }
+  const T* data() const { return size_ ? storage_.data() + kFence : nullptr; }
+  int64_t size() const { return size_; }
+  T& operator[](int64_t i) { return storage_[kFence + i]; }
+  T operator[](int64_t i) const { return storage_[kFence + i]; }
+
+  bool intact() const {
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    const auto is_fence = [&](T value) { return std::memcmp(&value, &nan, sizeof(T)) == 0; };
+    for (size_t i = 0; size_ && i < kFence; ++i)
+      if (!is_fence(storage_[i]) || !is_fence(storage_[kFence + size_ + i])) return false;
+    return true;
+  }
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kFence = 0;  // AddressSanitizer puts its own, which stops the first access
+#else
+  static constexpr size_t kFence = 37;
+#endif
+  std::vector<T> storage_;
+  int64_t size_ = 0;
+};
+
+template <class T>
+Guarded<T> zeros_of(int64_t size) {
+  Guarded<T> out(size);
+  for (int64_t i = 0; i < size; ++i) out[i] = 0;
+  return out;
+}
+
+template <class To, class From>
+Guarded<To> convert(const Guarded<From>& from) {
+  Guarded<To> to(from.size());
+  for (int64_t i = 0; i < from.size(); ++i) to[i] = static_cast<To>(from[i]);
+  return to;
+}
+
+class Report {
+ public:
+  std::string where;  // the case that runs, for messages
+  int64_t passed = 0, failed = 0;
+
+  // `detail` is asked for only on failure.
+  template <class Detail>
+  void check(bool ok, const std::string& what, const Detail& detail) {
+    if (ok) {
+      ++passed;
+      return;
+    }
+    if (failed++ == kShown) std::printf("(further failures are counted, not shown)\n");
+    if (failed <= kShown) std::printf("FAILED %s: %s: %s\n", where.c_str(), what.c_str(), detail().c_str());
+    std::fflush(stdout);
+  }
+
+  template <class T>
+  void same_bits(const std::string& what, const T* got, const T* want, int64_t n) {
+    compare(what, got, want, n, "the same bits",
+            [](T a, T b) { return std::memcmp(&a, &b, sizeof(T)) == 0; });
+  }
+  template <class T>
+  void same_bits(const std::string& what, const Guarded<T>& got, const Guarded<T>& want) {
+    same_bits(what, got.data(), want.data(), want.size());
+  }
+
+  // |got - want| <= tolerance, element by element; a NaN is never near.
+  template <class T, class Want>
+  void near(const std::string& what, const Guarded<T>& got, const Want& want, double tolerance) {
+    std::ostringstream bound;
+    bound << "within " << tolerance;
+    compare(what, got, want, got.size(), bound.str(),
+            [&](auto a, auto b) { return std::fabs(static_cast<double>(a - b)) <= tolerance; });
+  }
+
+  // Everything written, nothing outside.
+  template <class T>
+  void written(const std::string& what, const Guarded<T>& got) {
+    check(got.intact(), what, [] { return "written outside its bounds"; });
+    int64_t first = 0;
+    while (first < got.size() && std::isfinite(got[first])) ++first;
+    check(first == got.size(), what, [&] {
+      std::ostringstream out;
+      out << "element " << first << " of " << got.size() << ": expected a finite number, got " << got[first];
+      return out.str();
+    });
+  }
+
+ private:
+  static constexpr int64_t kShown = 40;
+
+  template <class Got, class Want, class Equal>
+  void compare(const std::string& what, const Got& got, const Want& want, int64_t n, const std::string& relation,
+               const Equal& equal) {
+    int64_t first = 0, wrong = 0;
+    for (int64_t i = n - 1; i >= 0; --i) {
+      if (equal(got[i], want[i])) continue;
+      first = i;
+      ++wrong;
+    }
+    check(wrong == 0, what, [&] {
+      std::ostringstream out;
+      out.precision(20);
+      out << "element " << first << " of " << n << ": expected " << want[first] << ", " << relation << "; got "
+          << got[first] << " (" << wrong << " wrong)";
+      return out.str();
+    });
+  }
+};
+
+}  // namespace fastseq::test

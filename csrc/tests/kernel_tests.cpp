@@ -1,0 +1,380 @@
+// The kernels of every instruction set that this machine runs, without torch: each cell of the list, in float and
+// double, forward and backward.
+//
+//   fastseq_kernel_tests [--quick]      --quick: fewer sizes, for emulators and checkers
+//   FASTSEQ_ISA=name                    only that instruction set
+#include <cstdlib>
+#include <exception>
+
+#include "layer.h"
+#include "oracle.h"
+#include "vec_math_check.h"
+
+namespace fastseq::test {
+namespace {
+
+// Around the widths of vectors (2 to 16 numbers), of panels (up to 64) and of chains (64), the row blocks (64), the
+// number of steps from which weights are packed (8), and the work from which threads share rows or units. The first
+// kQuickShapes of them touch every branch of the drivers at least once.
+constexpr int kQuickShapes = 9;
+const Shape kShapes[] = {
+    // T, B, I, H, P, directions, ragged, bias, states
+    {8, 3, 5, 17, 9, 2, true, true, true},
+    {2, 3, 5, 17, 9, 2, true, true, true},
+    {8, 7, 3, 15, 0, 2, false, true, true},
+    {7, 3, 4, 7, 5, 2, false, false, false},
+    {1, 7, 6, 33, 0, 1, false, true, true},
+    {8, 1, 2, 33, 3, 1, false, false, true},
+    {8, 70, 2, 3, 0, 1, true, true, false},
+    {20, 3, 3, 1, 1, 2, true, false, true},
+    {9, 3, 7, 129, 0, 1, false, true, false},  // units shared by the threads
+    {1, 1, 1, 1, 0, 1, false, false, false},
+    {1, 3, 2, 64, 17, 2, false, true, true},
+    {2, 70, 7, 7, 0, 2, true, false, false},
+    {2, 1, 64, 3, 0, 1, false, true, true},
+    {7, 7, 33, 17, 33, 1, true, true, true},  // P > H
+    {7, 70, 3, 64, 0, 1, true, true, false},
+    {8, 1, 17, 64, 0, 2, false, true, true},
+    {8, 7, 1, 1, 0, 1, true, true, true},
+    {8, 70, 65, 33, 64, 2, true, true, true},
+    {20, 1, 15, 7, 3, 2, false, true, false},
+    {20, 7, 64, 15, 0, 2, true, true, true},
+    {20, 70, 33, 64, 15, 1, false, true, true},
+    {12, 5, 20, 131, 70, 2, true, true, true},   // units shared in two directions, an odd tail
+    {8, 150, 2, 17, 0, 1, false, false, true},   // more than two blocks of rows
+    {3, 1100, 2, 31, 0, 1, true, true, true},    // rows shared where steps are GEMM calls
+    {0, 3, 2, 5, 0, 2, false, true, true},       // no steps
+    {9, 4, 0, 5, 0, 2, false, true, true},       // no input features
+};
+
+// Bounds on |error|, in the type's epsilon, relative to the largest number of the tensor; several times what was seen.
+constexpr double kForwardBound = 64, kBackwardBound = 256;
+
+template <class T>
+double epsilon() {
+  return std::numeric_limits<T>::epsilon();
+}
+template <class Numbers>
+double largest(const Numbers& numbers) {
+  double out = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(numbers.size()); ++i)
+    out = std::max(out, std::fabs(static_cast<double>(numbers[i])));
+  return out;
+}
+
+template <class T>
+void same_outputs(Report& report, const std::string& what, const Outputs<T>& got, const Outputs<T>& want) {
+  for (int i = 0; i < kOutputs; ++i) report.same_bits(what + ": " + output_name(i), got[i], want[i]);
+}
+template <class T>
+void same_gradients(Report& report, const std::string& what, const Inputs<T>& got, const Inputs<T>& want,
+                    unsigned asked = ~0u) {
+  for (int i = 0; i < kInputs; ++i)
+    if (asked >> i & 1) report.same_bits(what + ": d " + input_name(i), got[i], want[i]);
+}
+
+// Outputs do not depend on whether backward will follow, on what else is asked for, or on the threads.
+template <class T>
+Forward<T> check_forward(Report& report, const Kernels& kernels, const Case& c, const Inputs<T>& in) {
+  const Forward<T> f = run_forward(kernels, c, in, true, 1);
+  for (int i = 0; i < kOutputs; ++i) report.written(output_name(i), f.out[i]);
+  for (int d = 0; d < c.directions; ++d) {
+    report.written("kept", f.kept[d]);
+    report.written("emitted", f.emitted[d]);
+  }
+  same_outputs(report, "inference as training", run_forward(kernels, c, in, false, 1).out, f.out);
+  report.same_bits("output alone", run_forward(kernels, c, in, false, 2, false).out[kOutput], f.out[kOutput]);
+  for (int threads = 2; threads <= 3; ++threads) {
+    const Forward<T> g = run_forward(kernels, c, in, true, threads);
+    const std::string what = std::to_string(threads) + " threads";
+    same_outputs(report, what, g.out, f.out);
+    for (int d = 0; d < c.directions; ++d) {
+      report.same_bits(what + ": kept", g.kept[d], f.kept[d]);
+      report.same_bits(what + ": emitted", g.emitted[d], f.emitted[d]);
+    }
+  }
+  return f;
+}
+
+// An absent state or bias is one of zeros.
+template <class T>
+void check_absent(Report& report, const Kernels& kernels, const Case& c, const Inputs<T>& in, const Forward<T>& f) {
+  if (c.states && c.bias) return;
+  Case full = c;
+  full.states = full.bias = true;
+  Inputs<T> zeros = in;
+  for (int i = 0; i < kInputs; ++i)
+    if (!in[i].size()) zeros[i] = zeros_of<T>(full.input_sizes()[i]);
+  same_outputs(report, "absent as zero", run_forward(kernels, full, zeros, false, 1).out, f.out);
+}
+
+// A row has the same bits with other rows in the batch, fewer of them, or with a NaN in all of them.
+template <class T>
+void check_rows(Report& report, const Kernels& kernels, const Case& c, const Inputs<T>& in, const Forward<T>& f) {
+  const Schedule all = c.schedule();
+  for (const int64_t row : {int64_t(0), c.B / 2, c.B - 1}) {
+    // Row 0 comes too: it is a longest one and keeps the number of steps, on which results may depend.
+    std::vector<int64_t> rows{0}, lengths{c.T};
+    if (row > 0) rows.push_back(row), lengths.push_back(c.length(row));
+    Case few = c;
+    few.ragged = true;
+    few.set_lengths(lengths);
+    few.ragged = c.ragged;
+    const Schedule some = few.schedule();
+    const int64_t n = few.B;
+
+    Inputs<T> few_in = in, polluted = in;
+    few_in[kX] = Guarded<T>(few.input_sizes()[kX]);
+    for (int64_t i = 0; i < polluted[kX].size(); ++i) polluted[kX][i] = std::numeric_limits<T>::quiet_NaN();
+    for (int64_t t = 0; t < c.T; ++t)
+      for (int64_t k = 0; k < some.rows(t); ++k)
+        for (int64_t i = 0; i < c.I; ++i) {
+          const int64_t at = (all.offset(t) + rows[k]) * c.I + i;
+          few_in[kX][(some.offset(t) + k) * c.I + i] = polluted[kX][at] = in[kX][at];
+        }
+    const auto pick = [&](const Guarded<T>& from, int64_t size) {  // of (D, B, size)
+      Guarded<T> to(from.size() ? c.directions * n * size : 0);
+      for (int64_t i = 0; i < to.size(); ++i)
+        to[i] = from[(i / size / n * c.B + rows[i / size % n]) * size + i % size];
+      return to;
+    };
+    const auto pick_output = [&](const Guarded<T>& from) {
+      const int64_t size = c.directions * c.hout();
+      Guarded<T> to(some.total_rows() * size);
+      for (int64_t t = 0; t < c.T; ++t)
+        for (int64_t k = 0; k < some.rows(t); ++k)
+          for (int64_t i = 0; i < size; ++i)
+            to[(some.offset(t) + k) * size + i] = from[(all.offset(t) + rows[k]) * size + i];
+      return to;
+    };
+    const auto pick_outputs = [&](const Outputs<T>& from) -> Outputs<T> {
+      return {pick_output(from[kOutput]), pick(from[kHn], c.hout()), pick(from[kCn], c.H)};
+    };
+    few_in[kH0] = pick(in[kH0], c.hout());
+    few_in[kC0] = pick(in[kC0], c.H);
+    const Outputs<T> want = pick_outputs(f.out);
+    const std::string what = "row " + std::to_string(row);
+    same_outputs(report, what + " without the others", run_forward(kernels, few, few_in, false, 2).out, want);
+    same_outputs(report, what + " among NaN", pick_outputs(run_forward(kernels, c, polluted, false, 2).out), want);
+  }
+}
+
+// Gradients do not depend on the threads or on which of them are asked for, and an absent output gradient is zero.
+template <class T>
+Inputs<T> check_backward(Report& report, const Kernels& kernels, const Case& c, const Inputs<T>& in,
+                         const Forward<T>& f, const Outputs<T>& d_out) {
+  const Inputs<T> grads = run_backward(kernels, c, in, f, d_out, 1);
+  for (int i = 0; i < kInputs; ++i) report.written(std::string("d ") + input_name(i), grads[i]);
+  for (int threads = 2; threads <= 3; ++threads)
+    same_gradients(report, std::to_string(threads) + " threads", run_backward(kernels, c, in, f, d_out, threads),
+                   grads);
+  for (int i = 0; i < kInputs; ++i) {
+    if (!in[i].size()) continue;
+    const unsigned only = 1u << i;
+    same_gradients(report, "asked for alone", run_backward(kernels, c, in, f, d_out, 1, only), grads, only);
+  }
+  for (int i = 0; i < kOutputs; ++i) {
+    Outputs<T> absent = d_out, zero = d_out;
+    absent[i] = Guarded<T>();
+    zero[i] = zeros_of<T>(d_out[i].size());
+    same_gradients(report, std::string("absent gradient of ") + output_name(i),
+                   run_backward(kernels, c, in, f, absent, 1), run_backward(kernels, c, in, f, zero, 1));
+  }
+  return grads;
+}
+
+// loss = <d_output, output> + <d_h_n, h_n> + <d_c_n, c_n>
+double loss(const Kernels& kernels, const Case& c, const Inputs<double>& in, const Outputs<double>& d_out) {
+  const Outputs<double> out = run_forward(kernels, c, in, false, 2).out;
+  long double sum = 0;
+  for (int i = 0; i < kOutputs; ++i)
+    for (int64_t j = 0; j < out[i].size(); ++j) sum += static_cast<long double>(d_out[i][j]) * out[i][j];
+  return static_cast<double>(sum);
+}
+
+// The slope of the loss along a random direction in inputs [first, last), against central differences.
+void check_slope(Report& report, const Kernels& kernels, const Case& c, const Inputs<double>& in,
+                 const Outputs<double>& d_out, const Inputs<double>& grads, int first, int last) {
+  Random random(17);
+  Inputs<double> direction;
+  double slope = 0, norm = 0, upstream = 0;
+  for (int i = first; i < last; ++i) {
+    direction[i] = Guarded<double>(in[i].size());
+    for (int64_t j = 0; j < in[i].size(); ++j) {
+      direction[i][j] = random.uniform(1);
+      slope += direction[i][j] * grads[i][j];
+      norm += grads[i][j] * grads[i][j];
+    }
+  }
+  for (const Guarded<double>& d : d_out)
+    for (int64_t j = 0; j < d.size(); ++j) upstream += d[j] * d[j];
+  const double tolerance = 1e-6 * std::sqrt(norm) + 1e-9 * std::sqrt(upstream);
+
+  // A kink (relu) may lie within one step of the difference, hardly within a far smaller one; a wrong gradient is wrong
+  // at any.
+  double difference = 0;
+  for (const double step : {1e-5, 1e-6, 1e-7}) {
+    Inputs<double> plus = in, minus = in;
+    for (int i = first; i < last; ++i)
+      for (int64_t j = 0; j < in[i].size(); ++j) {
+        plus[i][j] += step * direction[i][j];
+        minus[i][j] -= step * direction[i][j];
+      }
+    difference = (loss(kernels, c, plus, d_out) - loss(kernels, c, minus, d_out)) / (2 * step);
+    if (std::fabs(difference - slope) <= tolerance) break;
+  }
+  const std::string what = last == first + 1 ? std::string("d ") + input_name(first) : "all gradients";
+  report.check(std::fabs(difference - slope) <= tolerance, what, [&] {
+    std::ostringstream out;
+    out.precision(12);
+    out << "the slope along a random direction: expected " << difference << " (central differences) within "
+        << tolerance << "; got " << slope;
+    return out.str();
+  });
+}
+
+void check_differences(Report& report, const Kernels& kernels, const Case& c, const Inputs<double>& in,
+                       const Outputs<double>& d_out, const Inputs<double>& grads) {
+  constexpr double kFlopsForEach = 3e6;  // each input on its own where that takes no time
+  if (c.flops() > kFlopsForEach) return check_slope(report, kernels, c, in, d_out, grads, 0, kInputs);
+  for (int i = 0; i < kInputs; ++i)
+    if (in[i].size()) check_slope(report, kernels, c, in, d_out, grads, i, i + 1);
+}
+
+template <class T>
+void near_oracle(Report& report, const Forward<T>& f, const std::array<std::vector<Real>, kOutputs>& want) {
+  for (int i = 0; i < kOutputs; ++i)
+    report.near(std::string("against the oracle: ") + output_name(i), f.out[i], want[i],
+                kForwardBound * epsilon<T>() * largest(want[i]));
+}
+
+void check_case(Report& report, const Kernels& kernels, const Case& c) {
+  const auto where = [&](const char* type) { report.where = std::string(kernels.isa) + " " + type + " " + c.name(); };
+  const Inputs<double> in = random_inputs(c, 1);
+  const Inputs<float> in_float = convert<float>(in);
+  const Outputs<double> d_out = random_output_gradients(c, 2);
+
+  where("double");
+  const Forward<double> f = check_forward(report, kernels, c, in);
+  check_absent(report, kernels, c, in, f);
+  check_rows(report, kernels, c, in, f);
+  where("float");
+  const Forward<float> f_float = check_forward(report, kernels, c, in_float);
+  check_absent(report, kernels, c, in_float, f_float);
+  check_rows(report, kernels, c, in_float, f_float);
+  for (int i = 0; i < kOutputs; ++i)
+    report.near(std::string("against double: ") + output_name(i), f_float.out[i], f.out[i],
+                kForwardBound * epsilon<float>() * largest(f.out[i]));
+  if (const OracleCell cell = oracle_cell(c.facts.name)) {
+    const auto want = oracle_forward(cell, c, in);
+    near_oracle(report, f_float, want);
+    where("double");
+    near_oracle(report, f, want);
+  }
+  if (c.total_rows() == 0) return;  // no gradient to speak of
+
+  where("double");
+  const Inputs<double> grads = check_backward(report, kernels, c, in, f, d_out);
+  check_differences(report, kernels, c, in, d_out, grads);
+  where("float");
+  const Inputs<float> grads_float = check_backward(report, kernels, c, in_float, f_float, convert<float>(d_out));
+  // From the float forward, so that both are on the same side of every kink.
+  const Forward<double> same{convert<double>(f_float.out), convert<double>(f_float.kept),
+                             convert<double>(f_float.emitted)};
+  const Inputs<double> want = run_backward(kernels, c, in, same, d_out, 1);
+  for (int i = 0; i < kInputs; ++i)
+    report.near(std::string("against double: d ") + input_name(i), grads_float[i], want[i],
+                kBackwardBound * epsilon<float>() * largest(want[i]));
+}
+
+// So many rows that both drivers work in several chunks of steps.
+void check_chunks(Report& report, const Kernels& kernels, int cell, bool ragged) {
+  constexpr int64_t kNumbers = (40 << 20) / sizeof(double), B = 70, H = 5;
+  const CellFacts& facts = kernels.cells[cell];
+  const Case c(cell, facts, {kNumbers / (facts.gates * H * B) * (ragged ? 2 : 1), B, 2, H, 3, 2, ragged, true, true});
+  report.where = std::string(kernels.isa) + " double " + c.name();
+  const Inputs<double> in = random_inputs(c, 1);
+  const Outputs<double> d_out = random_output_gradients(c, 2);
+  const Forward<double> f = run_forward(kernels, c, in, true, 2);
+  for (int i = 0; i < kOutputs; ++i) report.written(output_name(i), f.out[i]);
+  const Inputs<double> grads = run_backward(kernels, c, in, f, d_out, 2);
+  for (int i = 0; i < kInputs; ++i) report.written(std::string("d ") + input_name(i), grads[i]);
+  check_slope(report, kernels, c, in, d_out, grads, 0, kInputs);
+}
+
+void check_isa(Report& report, const Kernels& kernels, bool quick) {
+  const auto section = [&](const char* name, const auto& run) {
+    const Report before = report;
+    run();
+    std::printf("%s %s: %lld passed, %lld failed\n", kernels.isa, name,
+                static_cast<long long>(report.passed - before.passed),
+                static_cast<long long>(report.failed - before.failed));
+    std::fflush(stdout);
+  };
+  section("exp, sigmoid, tanh", [&] {
+    check_vec_math<float>(report, kernels, quick);
+    check_vec_math<double>(report, kernels, quick);
+  });
+  for (int cell = 0; cell < cpu::kCells; ++cell) {
+    const CellFacts& facts = kernels.cells[cell];
+    section(facts.name, [&] {
+      if (!oracle_cell(facts.name)) std::printf("%s has no formula in oracle.h to be compared with\n", facts.name);
+      const int shapes = quick ? kQuickShapes : sizeof(kShapes) / sizeof(kShapes[0]);
+      for (int i = 0; i < shapes; ++i) {
+        const Case c(cell, facts, kShapes[i]);
+        check_case(report, kernels, c);
+        if (c.P == 0) continue;
+        Shape plain = kShapes[i];
+        plain.P = 0;
+        check_case(report, kernels, Case(cell, facts, plain));
+      }
+      if (quick) return;
+      check_chunks(report, kernels, cell, false);
+      check_chunks(report, kernels, cell, true);
+    });
+  }
+}
+
+void check_dispatch(Report& report) {
+  const std::vector<std::string> available = cpu::available_isas();
+  const std::string chosen = cpu::kernels().isa;
+  report.where = "dispatch";
+  report.check(cpu::find_kernels("nonsense") == nullptr, "find_kernels", [] { return "expected null for nonsense"; });
+  report.check(cpu::find_kernels(chosen) == &cpu::kernels(), "find_kernels", [&] { return "got another " + chosen; });
+  report.check(std::find(available.begin(), available.end(), chosen) != available.end(), "available_isas",
+               [&] { return "expected it to hold " + chosen; });
+  for (const std::string& isa : available) {
+    const Kernels* kernels = cpu::find_kernels(isa);
+    report.check(kernels && kernels->isa == isa, "find_kernels", [&] { return "expected the kernels of " + isa; });
+  }
+}
+
+int run(bool quick) {
+  Report report;
+  const char* forced = std::getenv("FASTSEQ_ISA");
+  const std::vector<std::string> isas =
+      forced && *forced ? std::vector<std::string>{cpu::kernels().isa} : cpu::available_isas();
+  check_dispatch(report);
+  for (const std::string& isa : isas)
+    if (const Kernels* kernels = cpu::find_kernels(isa)) check_isa(report, *kernels, quick);
+  std::printf("%lld passed, %lld failed\n", static_cast<long long>(report.passed),
+              static_cast<long long>(report.failed));
+  return report.failed ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace fastseq::test
+
+int main(int argc, char** argv) {
+  const bool quick = argc == 2 && !std::strcmp(argv[1], "--quick");
+  if (argc > 1 && !quick) {
+    std::fprintf(stderr, "usage: %s [--quick]\n", argv[0]);
+    return 2;
+  }
+  try {
+    return fastseq::test::run(quick);
+  } catch (const std::exception& error) {  // FASTSEQ_ISA names no instruction set of this machine
+    std::fprintf(stderr, "%s\n", error.what());
+    return 2;
+  }
+}
