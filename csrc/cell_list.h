@@ -19,9 +19,9 @@ enum class CellKind : int {
 // What callers outside the kernels need to know of a cell; filled in from cells.h, so Python learns it from here.
 struct CellFacts {
   const char* name;
-  int gates;         // G: rows of w_ih and w_hh are G*H
-  int kept;          // planes of H values a row that forward keeps for backward
-  bool cell_state;   // whether there is a c beside h
+  int gates;        // G: rows of w_ih and w_hh are G*H
+  int kept;         // planes of H values a row that forward keeps for backward
+  bool cell_state;  // whether there is a c beside h
 };
 
 }  // namespace fastseq

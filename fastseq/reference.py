@@ -201,7 +201,7 @@ def _layer(
     """One direction of one layer: (T, B, I) -> output (T, B, P) and the final state."""
     steps = range(x.shape[0])
     output = [state[0]] * len(steps)
-    gx = F.linear(x, w.w_ih, w.b_ih)
+    gx = F.linear(x, w.w_ih, w.b_ih).unbind()  # whose gradient is one stack: that of gx[t] is a zero tensor each step
     for t in reversed(steps) if reverse else steps:
         gh = F.linear(state[0], w.w_hh, w.b_hh)
         h, *c = cell(gx[t], gh, *state)

@@ -1,7 +1,8 @@
 """Recurrent layers and cells that stand in for those of `torch.nn`: same arguments, same parameters, same results.
 
 A call on the CPU in float32 or float64 runs the fused kernels (`fastseq.ops.rnn`); another device or dtype, and
-autocast, run torch's own operator. `kernel_obstacle` decides, and `fastseq.explain` tells.
+autocast, run torch's own operator, or the reference for a cell that torch does not have. `kernel_obstacle` decides, and
+`fastseq.explain` tells.
 
 Letters in shapes: T time steps, B batch, I input_size, H hidden_size, P proj_size (H without projection), L num_layers,
 D directions (2 if bidirectional, else 1), N rows of packed data.

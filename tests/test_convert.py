@@ -18,7 +18,6 @@ pytestmark = [
 
 T, B, I, H = 5, 3, 4, 6
 ALL = LAYERS + CELLS
-RNN_LAYER = torch.nn.RNN
 
 
 def make(name, **options):
@@ -278,7 +277,6 @@ def test_what_is_left_and_why():
     assert "forward was replaced" in report.left["replaced"]
     assert "TorchScript" in report.left["scripted"]
     assert "1 swapped, 4 left" in str(report)
-    model(None) if False else None
 
 
 def test_a_subclass_of_fastseq_is_left_by_to_torch():

@@ -56,21 +56,19 @@ def by_packing(layer, x, hx, lengths):
     return pad_packed_sequence(output, batch_first=batch_first, total_length=steps)[0], state
 
 
+LENGTHS_OPTIONS = [{}, {"bias": False}, {"num_layers": 2, "bidirectional": True, "batch_first": True}]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "options",
+    "name, options",
     [
-        {},
-        {"bias": False},
-        {"num_layers": 2, "bidirectional": True, "batch_first": True},
-        {"proj_size": 2, "num_layers": 2, "bidirectional": True},
+        *((name, options) for name in ("RNN", "RNN/relu", "GRU", "LSTM") for options in LENGTHS_OPTIONS),
+        ("LSTM", {"proj_size": 2, "num_layers": 2, "bidirectional": True}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["RNN", "RNN/relu", "GRU", "LSTM"])
 def test_lengths_equal_torchs_packing(name, options, dtype, kernel_calls):
-    if "proj_size" in options and name != "LSTM":
-        pytest.skip("only LSTM has a projection")
     theirs, ours = twins(name, I, H, dtype=dtype, **options)
     x = torch.randn((B, T, I) if options.get("batch_first") else (T, B, I), dtype=dtype, requires_grad=True)
     for hx in (None, random_state(theirs, B)):
@@ -762,9 +760,11 @@ def test_compile_whole_graph(name, kernel_calls):
     cell = cell_of(model.layer)
     x = sample(model.layer, requires_grad=True)
     hx = random_state(model.layer, B if name in CELLS else T)
-    calls = [((x,), {}), ((x, hx), {})]
+    calls = [((x,), {})]
     if name in LAYERS:
-        calls += [((x,), {"lengths": torch.tensor([4, 0, 2, 3, 1])}), ((x[0],), {})]
+        calls.append(((x, hx), {"lengths": torch.tensor([4, 0, 2, 3, 1])}))
+    else:
+        calls.append(((x, hx), {}))
     for args, options in calls:
         wanted = [x, *model.parameters()]
         expected = model(*args, **options)

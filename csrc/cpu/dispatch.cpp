@@ -11,7 +11,10 @@
 namespace fastseq::cpu {
 
 // Each defined by kernels.cpp compiled for that instruction set; the list is CMake's, least capable first.
-#define X(name) namespace name { extern const Kernels kTable; }
+#define X(name)                \
+  namespace name {             \
+  extern const Kernels kTable; \
+  }
 FASTSEQ_ISA_LIST(X)
 #undef X
 
@@ -40,9 +43,9 @@ const Kernels& choose() {
       if (machine_runs(variant.isa)) return variant;
     } else if (built.back() == forced) {
       if (machine_runs(variant.isa)) return variant;
-      throw std::runtime_error("FASTSEQ_ISA=" + built.back() +
-                               " names an instruction set this processor does not have; it runs " +
-                               join(available_isas()));
+      throw std::runtime_error(
+          "FASTSEQ_ISA=" + built.back() + " names an instruction set this processor does not have; it runs " +
+          join(available_isas()));
     }
   }
   throw std::runtime_error("FASTSEQ_ISA must be one of " + join(built) + "; got '" + forced + "'");

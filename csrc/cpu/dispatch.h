@@ -31,9 +31,13 @@ struct Kernels {
   const TypedKernels<T>& typed() const;
 };
 template <>
-inline const TypedKernels<float>& Kernels::typed<float>() const { return f32; }
+inline const TypedKernels<float>& Kernels::typed<float>() const {
+  return f32;
+}
 template <>
-inline const TypedKernels<double>& Kernels::typed<double>() const { return f64; }
+inline const TypedKernels<double>& Kernels::typed<double>() const {
+  return f64;
+}
 
 // The best instruction set of this build that the machine runs, or the one FASTSEQ_ISA names; chosen once. Throws
 // std::runtime_error, in one sentence, for a name that is unknown, not in this build or not runnable here.

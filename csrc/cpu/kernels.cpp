@@ -34,6 +34,7 @@ namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
 #include "panel.h"
 #include "parallel.h"
 #include "workspace.h"
+#include "product.h"
 #include "rnn_driver.h"
 #include "rnn_forward.h"
 #include "rnn_backward.h"

@@ -1,7 +1,7 @@
 // The matrix product inside a step: a few rows times one packed panel of weights, the sums held in registers.
 //
-// A panel holds NV vectors of output units for every k, k slowest: [K][NV][V]. Rows of a product are summed in chains of
-// kChain terms along K, the chains added in order. The order depends on K alone, never on how many rows are computed
+// A panel holds NV vectors of output units for every k, k slowest: [K][NV][V]. Rows of a product are summed in chains
+// of kChain terms along K, the chains added in order. The order depends on K alone, never on how many rows are computed
 // together or on which thread, so a row's result does not depend on its company.
 #pragma once
 
@@ -125,7 +125,8 @@ struct KPiece {
   int64_t column, size;
 };
 
-// sums[rows][NB][NV*V] = a . panels, rows <= kRowBlock. a's columns come in pieces that follow one another in the panel.
+// sums[rows][NB][NV*V] = a . panels, rows <= kRowBlock. a's columns come in pieces that follow one another in the
+// panel.
 template <int NV, int NB, class T>
 void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, const T* panel,
                    int64_t panel_stride, T* sums) {

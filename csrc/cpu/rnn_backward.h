@@ -4,7 +4,8 @@
 //     for each step, last first:  dh = d_output + carry;  dg = Cell::update_backward;  carry += dgh W_hh
 //     dx = dgx W_ih;  dW_ih += dgx^T x;  dW_hh += dgh^T h_prev;  db += column sums; one GEMM or reduction each
 //
-// carry is dL/dh of a row's earlier step; at the end of the walk it is dL/dh0. A row that is not alive yet holds dL/dh_n.
+// carry is dL/dh of a row's earlier step; at the end of the walk it is dL/dh0. A row that is not alive yet holds
+// dL/dh_n.
 #pragma once
 
 // out[j] (+)= sum over rows of a[row][j], in chains of kChain rows.
@@ -65,9 +66,7 @@ class BackwardDirection {
     for (const GateRun& run : Cell::hidden_runs) hidden_[k++] = {run.plane * H_, run.count * H_};
   }
 
-  int64_t panels() const {
-    return packed_ ? Shape::blocks(hout_) + (p_->proj_size ? Shape::blocks(H_) : 0) : 0;
-  }
+  int64_t panels() const { return packed_ ? Shape::blocks(hout_) + (p_->proj_size ? Shape::blocks(H_) : 0) : 0; }
   void pack(int64_t i) {
     const int64_t blocks = Shape::blocks(hout_);
     if (i < blocks) {
@@ -105,19 +104,20 @@ class BackwardDirection {
     const DirectionGrads<T>& out = p_->grads[d_];
     const T beta = first ? T(0) : T(1);
     if (p_->dx)
-      p_->gemm(false, false, rows, I, GH_, dg_.get(), ldg_, w_.w_ih, I, add_to_dx ? T(1) : T(0),
+      multiply(p_->gemm, p_->threads, false, false, rows, I, GH_, dg_.get(), ldg_, w_.w_ih, I, add_to_dx ? T(1) : T(0),
                p_->dx + rows_.begin * I, I);
     if (out.w_ih)
-      p_->gemm(true, false, GH_, I, rows, dg_.get(), ldg_, p_->x + rows_.begin * I, I, beta, out.w_ih, I);
+      multiply(p_->gemm, p_->threads, true, false, GH_, I, rows, dg_.get(), ldg_, p_->x + rows_.begin * I, I, beta,
+               out.w_ih, I);
     if (out.w_hh) weight_hh(first, out.w_hh);
     if (out.w_hr)
-      p_->gemm(true, false, hout_, H_, rows, d_projected_.get(), hout_, p_->emitted[d_] + rows_.begin * H_, H_, beta,
-               out.w_hr, H_);
+      multiply(p_->gemm, p_->threads, true, false, hout_, H_, rows, d_projected_.get(), hout_,
+               p_->emitted[d_] + rows_.begin * H_, H_, beta, out.w_hr, H_);
     if (out.b_ih) column_sums(p_->threads, dg_.get(), ldg_, rows, GH_, !first, out.b_ih);
     if (out.b_hh)
       for (const GateRun& run : Cell::hidden_runs)
-        column_sums(p_->threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first,
-                    out.b_hh + run.gate * H_);
+        column_sums(
+            p_->threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first, out.b_hh + run.gate * H_);
   }
 
   void finish() {
@@ -160,8 +160,8 @@ class BackwardDirection {
       ldc = piece.initial ? H_ : Cell::kept * H_;
     }
     const auto pointwise = [&](int64_t r, int64_t j, V dh) {
-      update_backward(n0 + r, r, j, dh, h_prev ? h_prev + r * ldh : zeros_.get(),
-                      c_prev ? c_prev + r * ldc : zeros_.get());
+      update_backward(
+          n0 + r, r, j, dh, h_prev ? h_prev + r * ldh : zeros_.get(), c_prev ? c_prev + r * ldc : zeros_.get());
     };
     if (p_->proj_size) {
       for_each_emitted_gradient(n0, piece.rows, units, pointwise);
@@ -188,7 +188,8 @@ class BackwardDirection {
     const T* dh = d_projected_.get() + (n0 - rows_.begin) * hout_;
     if (!packed_) {
       const int64_t count = rows.end - rows.begin;
-      p_->gemm(false, false, count, H_, hout_, dh + rows.begin * hout_, hout_, w_.w_hr, H_, T(0), d_emitted_.get(), H_);
+      multiply(p_->gemm, p_->threads, false, false, count, H_, hout_, dh + rows.begin * hout_, hout_, w_.w_hr, H_, T(0),
+               d_emitted_.get(), H_);
       parallel_for(shared_pointwise(count), count, [&](int64_t i) {
         for (int64_t j = 0; j < H_; j += V::size)
           use(rows.begin + i, j, V::load(d_emitted_.get() + i * H_ + j, H_ - j));
@@ -240,8 +241,9 @@ class BackwardDirection {
     if (!packed_) {
       const int64_t count = rows.end - rows.begin;
       for (const GateRun& run : Cell::hidden_runs)
-        p_->gemm(false, false, count, hout_, run.count * H_, dg + rows.begin * ldg_ + run.plane * H_, ldg_,
-                 w_.w_hh + run.gate * H_ * hout_, hout_, T(1), carry_.get() + rows.begin * hout_, hout_);
+        multiply(p_->gemm, p_->threads, false, false, count, hout_, run.count * H_,
+                 dg + rows.begin * ldg_ + run.plane * H_, ldg_, w_.w_hh + run.gate * H_ * hout_, hout_, T(1),
+                 carry_.get() + rows.begin * hout_, hout_);
       return;
     }
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
@@ -295,8 +297,8 @@ class BackwardDirection {
   }
   void accumulate_hh(int64_t n, int64_t rows, const T* h_prev, int64_t ldh, bool accumulate, T* out) {
     for (const GateRun& run : Cell::hidden_runs)
-      p_->gemm(true, false, run.count * H_, hout_, rows, dg_row(n) + run.plane * H_, ldg_, h_prev, ldh,
-               accumulate ? T(1) : T(0), out + run.gate * H_ * hout_, hout_);
+      multiply(p_->gemm, p_->threads, true, false, run.count * H_, hout_, rows, dg_row(n) + run.plane * H_, ldg_,
+               h_prev, ldh, accumulate ? T(1) : T(0), out + run.gate * H_ * hout_, hout_);
   }
 
   const RnnBackward<T>* p_ = nullptr;

@@ -5,8 +5,8 @@
 constexpr int64_t kStepsToPack = 8;           // packing costs a few steps: a shorter sequence calls the GEMM each step
 constexpr double kFlopsToShareUnits = 9.0e4;  // a step with less work than this is done before a barrier is
 constexpr int64_t kRowsToShareRows = 6;       // rows a thread needs to be worth its own pass over the weights
-constexpr int64_t kUnitsToShare = 32768;      // elementwise work worth starting a team for
-constexpr int64_t kChunkBytes = 8 << 20;           // gx computed ahead of the steps
+constexpr int64_t kUnitsToShare = 8192;       // elementwise work worth starting a team for
+constexpr int64_t kChunkBytes = 8 << 20;      // gx computed ahead of the steps
 constexpr int64_t kBackwardChunkBytes = 16 << 20;  // dg kept for the weight gradients
 constexpr int64_t kChunkRows = 1024;               // at least: the GEMM packs its weights once a chunk
 
@@ -117,8 +117,8 @@ void run_plan(int threads, const Schedule& schedule, int directions, double flop
     const Plan plan = make_plan(team, directions, schedule.batch, flops_per_step, blocks);
     if (plan.members == 1) {
       for (int task = member; task < plan.tasks(); task += team)
-        loop(task / plan.row_groups, row_group(schedule, task % plan.row_groups, plan.row_groups), 0, 1,
-             barriers[task]);
+        loop(
+            task / plan.row_groups, row_group(schedule, task % plan.row_groups, plan.row_groups), 0, 1, barriers[task]);
       return;
     }
     const int task = member / plan.members;

@@ -33,7 +33,8 @@ class ForwardDirection {
       c_.allocate(B * H_);
       copy_or_zero(c_.get(), p.c0 ? p.c0 + d_ * B * H_ : nullptr, B * H_);
     }
-    zeros_.zeros(Cell::gates * H_ > B * hout_ ? Cell::gates * H_ : B * hout_);
+    const int64_t bias_zeros = w_.b_ih && w_.b_hh ? 0 : Cell::gates * H_, state_zeros = p.h0 ? 0 : B * hout_;
+    zeros_.zeros(bias_zeros > state_zeros ? bias_zeros : state_zeros);
     b_ih_ = w_.b_ih ? w_.b_ih : zeros_.get();
     b_hh_ = w_.b_hh ? w_.b_hh : zeros_.get();
     h0_ = p.h0 ? p.h0 + d_ * B * hout_ : zeros_.get();
@@ -61,8 +62,8 @@ class ForwardDirection {
     const Range rows = walk_.packed_rows(s0, s1);
     gx_rows_ = in_place() ? p_->kept[d_] : gx_.get() - rows.begin * gx_ld_;
     const int64_t I = p_->input_size;
-    p_->gemm(false, true, rows.end - rows.begin, Cell::gates * H_, I, p_->x + rows.begin * I, I, w_.w_ih, I, T(0),
-             gx_rows_ + rows.begin * gx_ld_, gx_ld_);
+    multiply(p_->gemm, p_->threads, false, true, rows.end - rows.begin, Cell::gates * H_, I, p_->x + rows.begin * I, I,
+             w_.w_ih, I, T(0), gx_rows_ + rows.begin * gx_ld_, gx_ld_);
   }
 
   // Steps [s0, s1) of some rows, this member's share of their units.
@@ -136,7 +137,8 @@ class ForwardDirection {
     if (zero_state) {
       memset(gh_.get(), 0, count * GH * sizeof(T));
     } else {
-      p_->gemm(false, true, count, GH, hout_, h_prev + rows.begin * ldh, ldh, w_.w_hh, hout_, T(0), gh_.get(), GH);
+      multiply(p_->gemm, p_->threads, false, true, count, GH, hout_, h_prev + rows.begin * ldh, ldh, w_.w_hh, hout_,
+               T(0), gh_.get(), GH);
     }
     const int threads = count * H_ >= kUnitsToShare ? p_->threads : 1;
     parallel_for(threads, count, [&](int64_t i) {
@@ -176,8 +178,8 @@ class ForwardDirection {
   void project_hidden(int64_t t, Range rows, Range blocks) {
     const int64_t n0 = p_->schedule.offset(t);
     if (!packed_) {
-      p_->gemm(false, true, rows.end - rows.begin, hout_, H_, emitted_row(n0 + rows.begin, rows.begin), H_, w_.w_hr,
-               H_, T(0), output_row(n0 + rows.begin), ldo_);
+      multiply(p_->gemm, p_->threads, false, true, rows.end - rows.begin, hout_, H_,
+               emitted_row(n0 + rows.begin, rows.begin), H_, w_.w_hr, H_, T(0), output_row(n0 + rows.begin), ldo_);
       return;
     }
     const KPiece k[1] = {{0, H_}};
@@ -189,8 +191,7 @@ class ForwardDirection {
                             for (int u = 0; u < Projection::unit_vectors; ++u) {
                               const int64_t j = block * Projection::units + u * V::size;
                               if (j >= hout_) break;
-                              V::load(sums + i * ld_sums + u * V::size)
-                                  .store(output_row(n0 + r0 + i) + j, hout_ - j);
+                              V::load(sums + i * ld_sums + u * V::size).store(output_row(n0 + r0 + i) + j, hout_ - j);
                             }
                         });
     }

@@ -73,13 +73,21 @@ struct Vec {
 };
 
 template <class T>
-FASTSEQ_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) { return a.v + b.v; }
+FASTSEQ_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return a.v + b.v;
+}
 template <class T>
-FASTSEQ_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) { return a.v - b.v; }
+FASTSEQ_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return a.v - b.v;
+}
 template <class T>
-FASTSEQ_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) { return a.v * b.v; }
+FASTSEQ_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return a.v * b.v;
+}
 template <class T>
-FASTSEQ_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) { return a.v / b.v; }
+FASTSEQ_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return a.v / b.v;
+}
 
 // a * b + c, rounded once where the instruction set can.
 FASTSEQ_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {

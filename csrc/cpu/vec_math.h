@@ -9,9 +9,9 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr float log2e = 1.44269504088896341f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
-  static constexpr float round = 12582912.0f;           // 1.5 * 2^23: adding it leaves round(x) in the low bits
+  static constexpr float round = 12582912.0f;                // 1.5 * 2^23: adding it leaves round(x) in the low bits
   static constexpr float lowest = -104.0f, highest = 89.0f;  // exp is 0 below, infinite above
-  static constexpr float tanh_one = 10.0f;              // tanh rounds to 1 from here
+  static constexpr float tanh_one = 10.0f;                   // tanh rounds to 1 from here
   static constexpr int mantissa = 23, bias = 127;
 };
 template <>

@@ -72,7 +72,9 @@ class Report {
       return;
     }
     if (failed++ == kShown) std::printf("(further failures are counted, not shown)\n");
-    if (failed <= kShown) std::printf("FAILED %s: %s: %s\n", where.c_str(), what.c_str(), detail().c_str());
+    if (failed > kShown) return;
+    const std::string text = detail();
+    std::printf("FAILED %s: %s: %s\n", where.c_str(), what.c_str(), text.c_str());
     std::fflush(stdout);
   }
 

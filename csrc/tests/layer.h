@@ -64,9 +64,8 @@ struct Case : Shape {
     set_lengths(lengths);
   }
 
-  // Longest first.
+  // Of B rows, longest first.
   void set_lengths(const std::vector<int64_t>& lengths) {
-    B = static_cast<int64_t>(lengths.size());
     batch_sizes.assign(T, 0);
     offsets.assign(1, 0);
     for (int64_t t = 0; t < T; ++t) {
@@ -161,6 +160,65 @@ inline Outputs<double> random_output_gradients(const Case& c, uint64_t seed) {
   }
   return out;
 }
+
+// Some rows of a case's batch, in their order: the case that they are alone, and their part of its tensors.
+class Rows {
+ public:
+  Rows(const Case& all, const std::vector<int64_t>& rows) : few(all), all_(all), rows_(rows) {
+    std::vector<int64_t> lengths;
+    for (int64_t row : rows) lengths.push_back(all.length(row));
+    few.T = lengths[0];
+    few.B = static_cast<int64_t>(rows.size());
+    if (few.ragged) few.set_lengths(lengths);
+  }
+
+  Case few;
+
+  template <class T>
+  Guarded<T> of_steps(const Guarded<T>& from, int64_t size) const {  // (N, size)
+    Guarded<T> to(few.total_rows() * size);
+    for_each_number(size, [&](int64_t in_few, int64_t in_all) { to[in_few] = from[in_all]; });
+    return to;
+  }
+  template <class T>
+  void put_back(const Guarded<T>& from, int64_t size, Guarded<T>& to) const {
+    for_each_number(size, [&](int64_t in_few, int64_t in_all) { to[in_all] = from[in_few]; });
+  }
+  template <class T>
+  Guarded<T> of_state(const Guarded<T>& from, int64_t size) const {  // (D, B, size), or absent
+    Guarded<T> to(from.size() ? few.directions * few.B * size : 0);
+    for (int64_t i = 0; i < to.size(); ++i)
+      to[i] = from[(i / size / few.B * all_.B + rows_[i / size % few.B]) * size + i % size];
+    return to;
+  }
+  // Inputs or their gradients; the weights as they are.
+  template <class T>
+  Inputs<T> of_inputs(const Inputs<T>& from) const {
+    Inputs<T> to = from;
+    to[kX] = of_steps(from[kX], few.I);
+    to[kH0] = of_state(from[kH0], few.hout());
+    to[kC0] = of_state(from[kC0], few.H);
+    return to;
+  }
+  template <class T>
+  Outputs<T> of_outputs(const Outputs<T>& from) const {
+    return {of_steps(from[kOutput], few.directions * few.hout()), of_state(from[kHn], few.hout()),
+            of_state(from[kCn], few.H)};
+  }
+
+ private:
+  template <class Use>
+  void for_each_number(int64_t size, const Use& use) const {
+    const Schedule some = few.schedule(), all = all_.schedule();
+    for (int64_t t = 0; t < some.steps; ++t)
+      for (int64_t k = 0; k < some.rows(t); ++k)
+        for (int64_t i = 0; i < size; ++i)
+          use((some.offset(t) + k) * size + i, (all.offset(t) + rows_[k]) * size + i);
+  }
+
+  Case all_;
+  std::vector<int64_t> rows_;
+};
 
 template <class T>
 struct Forward {

@@ -1,5 +1,5 @@
-// Autograd of rnn_forward, in C++ since a Python callback costs more than a small step does. rnn_backward is an operator
-// of its own; its derivative (double backward) is registered in fastseq/ops.py by the reference.
+// Autograd of rnn_forward, in C++ since a Python callback costs more than a small step does. rnn_backward is an
+// operator of its own; its derivative (double backward) is registered in fastseq/ops.py by the reference.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -36,8 +36,13 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
                                int64_t num_layers, bool bidirectional, bool bias) {
     auto [output, h_n, c_n, reserve] =
         redispatch(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers, bidirectional, bias, true);
-    variable_list saved = {x,          hx.value_or(at::Tensor()), cx.value_or(at::Tensor()), lengths.value_or(at::Tensor()),
-                           batch_sizes.value_or(at::Tensor()), reserve};
+    variable_list saved = {
+        x,
+        hx.value_or(at::Tensor()),
+        cx.value_or(at::Tensor()),
+        lengths.value_or(at::Tensor()),
+        batch_sizes.value_or(at::Tensor()),
+        reserve};
     saved.insert(saved.end(), weights.begin(), weights.end());
     saved.insert(saved.end(), masks.begin(), masks.end());
     ctx->save_for_backward(saved);
@@ -69,12 +74,15 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
     needs.push_back(cx.defined() && ctx->needs_input_grad(edge++));
     for (size_t i = 0; i < weights.size(); ++i) needs.push_back(ctx->needs_input_grad(edge++));
 
+    // Without create_graph nobody differentiates the backward: its own autograd rule, in Python, is skipped.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!at::GradMode::is_enabled()) below.emplace();
     static const auto op = find_operator<RnnBackwardSignature>("fastseq::rnn_backward");
-    const std::vector<at::Tensor> found =
-        op.call(optional(grads[0]), optional(grads[1]), optional(grads[2]), ctx->saved_data["cell"].toStringRef(), x,
-                optional(hx), optional(cx), weights, masks, optional(saved[3]), optional(saved[4]),
-                ctx->saved_data["num_layers"].toInt(), ctx->saved_data["bidirectional"].toBool(),
-                ctx->saved_data["bias"].toBool(), saved[5], needs);
+    const std::vector<at::Tensor> found = op.call(
+        optional(grads[0]), optional(grads[1]), optional(grads[2]), ctx->saved_data["cell"].toStringRef(), x,
+        optional(hx), optional(cx), weights, masks, optional(saved[3]), optional(saved[4]),
+        ctx->saved_data["num_layers"].toInt(), ctx->saved_data["bidirectional"].toBool(),
+        ctx->saved_data["bias"].toBool(), saved[5], needs);
 
     // One place for each argument of forward, the lists spread out: cell, x, hx, cx, weights, masks, five more.
     auto next = found.begin();
@@ -87,18 +95,17 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
 
 }  // namespace
 
-RnnOutputs rnn_forward_autograd(std::string cell, const at::Tensor& x, const OptionalTensor& hx, const OptionalTensor& cx,
-                                at::TensorList weights, at::TensorList masks, const OptionalTensor& lengths,
-                                const OptionalTensor& batch_sizes, int64_t num_layers, bool bidirectional, bool bias,
-                                bool save) {
+RnnOutputs rnn_forward_autograd(std::string cell, const at::Tensor& x, const OptionalTensor& hx,
+                                const OptionalTensor& cx, at::TensorList weights, at::TensorList masks,
+                                const OptionalTensor& lengths, const OptionalTensor& batch_sizes, int64_t num_layers,
+                                bool bidirectional, bool bias, bool save) {
   const auto tracked = [](const at::Tensor& t) { return t.requires_grad(); };
-  const bool needs_grad = at::GradMode::is_enabled() &&
-                          (tracked(x) || (hx && tracked(*hx)) || (cx && tracked(*cx)) ||
-                           std::any_of(weights.begin(), weights.end(), tracked));
+  const bool needs_grad = at::GradMode::is_enabled() && (tracked(x) || (hx && tracked(*hx)) || (cx && tracked(*cx)) ||
+                                                         std::any_of(weights.begin(), weights.end(), tracked));
   if (!needs_grad)  // a traced graph, which does its own autograd, asks for the reserve here
     return redispatch(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers, bidirectional, bias, save);
-  const variable_list out = RnnFunction::apply(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers,
-                                               bidirectional, bias);
+  const variable_list out =
+      RnnFunction::apply(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers, bidirectional, bias);
   return {out[0], out[1], out[2], out[3]};
 }
 

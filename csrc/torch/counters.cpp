@@ -28,7 +28,8 @@ std::map<std::string, int64_t> counters() {
   std::map<std::string, int64_t> out;
   for_each([&](int kernel, int cell, int float32, std::atomic<int64_t>& n) {
     if (n > 0)
-      out[std::string(kNames[kernel]) + "/" + cpu::kernels().cells[cell].name + (float32 ? "/float32" : "/float64")] = n;
+      out[std::string(kNames[kernel]) + "/" + cpu::kernels().cells[cell].name + (float32 ? "/float32" : "/float64")] =
+          n;
   });
   return out;
 }

@@ -15,34 +15,43 @@ PYBIND11_MODULE(_C, m) {
   isa();  // a FASTSEQ_ISA that makes no sense is an error here and now
 
   m.def("version", [] { return build_info::version; });
-  m.def("build_info", [] {
-    py::dict out;
-    out["version"] = build_info::version;
-    out["torch"] = build_info::torch;
-    out["compiler"] = build_info::compiler;
-    out["flags"] = build_info::flags;
-    out["build_type"] = build_info::build_type;
-    return out;
-  }, "How this extension was built.");
-  m.def("cuda", [] {
-    py::dict out;
-    out["built"] = build_info::cuda_built;
-    out["why"] = build_info::cuda_why;
-    return out;
-  }, "Whether CUDA kernels are in this build, and why or why not.");
+  m.def(
+      "build_info",
+      [] {
+        py::dict out;
+        out["version"] = build_info::version;
+        out["torch"] = build_info::torch;
+        out["compiler"] = build_info::compiler;
+        out["flags"] = build_info::flags;
+        out["build_type"] = build_info::build_type;
+        return out;
+      },
+      "How this extension was built.");
+  m.def(
+      "cuda",
+      [] {
+        py::dict out;
+        out["built"] = build_info::cuda_built;
+        out["why"] = build_info::cuda_why;
+        return out;
+      },
+      "Whether CUDA kernels are in this build, and why or why not.");
   m.def("isa", &isa, "The instruction set in use.");
   m.def("available_isas", &available_isas, "Instruction sets in this build that this machine runs, best first.");
-  m.def("cells", [] {
-    py::dict out;
-    for (const CellFacts& facts : cells()) {
-      py::dict entry;
-      entry["gates"] = facts.gates;
-      entry["kept"] = facts.kept;
-      entry["states"] = facts.cell_state ? 2 : 1;
-      out[facts.name] = entry;
-    }
-    return out;
-  }, "The cells: gates (G), planes of H kept for backward, states (1: h; 2: h and c).");
+  m.def(
+      "cells",
+      [] {
+        py::dict out;
+        for (const CellFacts& facts : cells()) {
+          py::dict entry;
+          entry["gates"] = facts.gates;
+          entry["kept"] = facts.kept;
+          entry["states"] = facts.cell_state ? 2 : 1;
+          out[facts.name] = entry;
+        }
+        return out;
+      },
+      "The cells: gates (G), planes of H kept for backward, states (1: h; 2: h and c).");
   m.def("counters", &counters, "Calls of each kernel since the start or the last reset; only kernels that ran.");
   m.def("reset_counters", &reset_counters);
 
@@ -52,8 +61,10 @@ PYBIND11_MODULE(_C, m) {
     return y;
   };
   const char* doc = "The kernels' own exp, sigmoid or tanh of a contiguous float32 or float64 array.";
-  m.def("vec_math", [=](const std::string& f, const py::array_t<float, py::array::c_style>& x) { return probe(f, x); },
-        py::arg("function"), py::arg("x").noconvert(), doc);
-  m.def("vec_math", [=](const std::string& f, const py::array_t<double, py::array::c_style>& x) { return probe(f, x); },
-        py::arg("function"), py::arg("x").noconvert(), doc);
+  m.def(
+      "vec_math", [=](const std::string& f, const py::array_t<float, py::array::c_style>& x) { return probe(f, x); },
+      py::arg("function"), py::arg("x").noconvert(), doc);
+  m.def(
+      "vec_math", [=](const std::string& f, const py::array_t<double, py::array::c_style>& x) { return probe(f, x); },
+      py::arg("function"), py::arg("x").noconvert(), doc);
 }

@@ -18,9 +18,9 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
           int64_t ldb, T beta, T* c, int64_t ldc) {
   if (m == 0 || n == 0) return;
   const auto matrix = [](const T* data, int64_t rows, int64_t columns, int64_t ld, bool transpose) {
-    return at::from_blob(const_cast<T*>(data), {rows, columns},
-                         transpose ? std::array<int64_t, 2>{1, ld} : std::array<int64_t, 2>{ld, 1},
-                         c10::CppTypeToScalarType<T>::value);
+    return at::from_blob(
+        const_cast<T*>(data), {rows, columns},
+        transpose ? std::array<int64_t, 2>{1, ld} : std::array<int64_t, 2>{ld, 1}, c10::CppTypeToScalarType<T>::value);
   };
   const at::Tensor A = matrix(a, m, k, lda, transpose_a), B = matrix(b, k, n, ldb, transpose_b);
   at::Tensor C = matrix(c, m, n, ldc, false);
@@ -43,9 +43,9 @@ T* layer_state(T* base, const RnnStack& stack, int64_t layer, int64_t size) {
 }
 
 struct Inputs {
-  at::Tensor x, hx, cx;              // as rows, in the schedule's order; undefined when absent
-  std::vector<at::Tensor> weights;   // contiguous
-  std::vector<at::Tensor> masks;     // as rows
+  at::Tensor x, hx, cx;             // as rows, in the schedule's order; undefined when absent
+  std::vector<at::Tensor> weights;  // contiguous
+  std::vector<at::Tensor> masks;    // as rows
 
   Inputs(const RnnStack& stack, const RnnArguments& a) {
     x = stack.to_rows(a.x);
@@ -86,8 +86,12 @@ RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
   const Inputs in(stack, a);
   const auto options = a.x.options();
   const int64_t N = stack.total_rows(), L = stack.layers, D = stack.directions;
-  const at::Tensor reserve = at::empty({save ? stack.reserve_numel() : 0}, options);
-  const at::Tensor h_n = at::empty(stack.single_step ? std::vector<int64_t>{0} : stack.state_sizes(stack.out_size), options);
+  // Sized for padded rows, of which a ragged batch fills a part: the rest is zero, so that equal calls give equal outputs.
+  const int64_t reserve_numel = save ? stack.reserve_numel() : 0;
+  const at::Tensor reserve =
+      stack.rows.defined() ? at::zeros({reserve_numel}, options) : at::empty({reserve_numel}, options);
+  const at::Tensor h_n =
+      at::empty(stack.single_step ? std::vector<int64_t>{0} : stack.state_sizes(stack.out_size), options);
   const at::Tensor c_n =
       at::empty(stack.facts.cell_state ? stack.state_sizes(stack.hidden_size) : std::vector<int64_t>{0}, options);
 
@@ -217,22 +221,21 @@ RnnOutputs rnn_forward_cpu(std::string cell, const at::Tensor& x, const Optional
   return f32 ? forward<float>(a, stack, save) : forward<double>(a, stack, save);
 }
 
-std::vector<at::Tensor> rnn_backward_cpu(const OptionalTensor& d_output, const OptionalTensor& d_h_n,
-                                         const OptionalTensor& d_c_n, std::string cell, const at::Tensor& x,
-                                         const OptionalTensor& hx, const OptionalTensor& cx, at::TensorList weights,
-                                         at::TensorList dropout_masks, const OptionalTensor& lengths,
-                                         const OptionalTensor& batch_sizes, int64_t num_layers, bool bidirectional,
-                                         bool bias, const at::Tensor& reserve, c10::List<bool> needs_list) {
+std::vector<at::Tensor> rnn_backward_cpu(
+    const OptionalTensor& d_output, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n, std::string cell,
+    const at::Tensor& x, const OptionalTensor& hx, const OptionalTensor& cx, at::TensorList weights,
+    at::TensorList dropout_masks, const OptionalTensor& lengths, const OptionalTensor& batch_sizes, int64_t num_layers,
+    bool bidirectional, bool bias, const at::Tensor& reserve, c10::List<bool> needs_list) {
   const RnnArguments a{cell, x, hx, cx, weights, dropout_masks, lengths, batch_sizes, num_layers, bidirectional, bias};
   const RnnStack stack(a);
   const std::vector<bool> needs(needs_list.begin(), needs_list.end());
   TORCH_CHECK(needs.size() == 3 + weights.size(), "needs must hold a flag for x, hx, cx and each weight, ",
               3 + weights.size(), "; got ", needs.size());
   TORCH_CHECK(!(needs[1] && !hx) && !(needs[2] && !cx), "needs asks for the gradient of a state that was not given");
-  TORCH_CHECK(reserve.is_contiguous() && reserve.numel() == stack.reserve_numel() &&
-                  reserve.scalar_type() == x.scalar_type(),
-              "reserve must be what rnn_forward returned for these arguments with save=True, ", stack.reserve_numel(),
-              " numbers; got ", reserve.numel());
+  TORCH_CHECK(
+      reserve.is_contiguous() && reserve.numel() == stack.reserve_numel() && reserve.scalar_type() == x.scalar_type(),
+      "reserve must be what rnn_forward returned for these arguments with save=True, ", stack.reserve_numel(),
+      " numbers; got ", reserve.numel());
   check_gradient("d_output", d_output, stack.output_sizes(x), x);
   if (!stack.single_step) check_gradient("d_h_n", d_h_n, stack.state_sizes(stack.out_size), x);
   if (stack.facts.cell_state) check_gradient("d_c_n", d_c_n, stack.state_sizes(stack.hidden_size), x);

@@ -17,11 +17,10 @@ using RnnOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  
 using RnnForwardSignature = RnnOutputs(std::string, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                                        at::TensorList, at::TensorList, const OptionalTensor&, const OptionalTensor&,
                                        int64_t, bool, bool, bool);
-using RnnBackwardSignature = std::vector<at::Tensor>(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                                     std::string, const at::Tensor&, const OptionalTensor&,
-                                                     const OptionalTensor&, at::TensorList, at::TensorList,
-                                                     const OptionalTensor&, const OptionalTensor&, int64_t, bool, bool,
-                                                     const at::Tensor&, c10::List<bool>);
+using RnnBackwardSignature = std::vector<at::Tensor>(
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string, const at::Tensor&,
+    const OptionalTensor&, const OptionalTensor&, at::TensorList, at::TensorList, const OptionalTensor&,
+    const OptionalTensor&, int64_t, bool, bool, const at::Tensor&, c10::List<bool>);
 
 RnnForwardSignature rnn_forward_cpu;
 RnnBackwardSignature rnn_backward_cpu;

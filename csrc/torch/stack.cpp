@@ -19,20 +19,22 @@ CellKind find_cell(const std::string& name) {
 int64_t checked_product(std::initializer_list<int64_t> factors) {
   int64_t out = 1;
   for (int64_t factor : factors)
-    TORCH_CHECK(!__builtin_mul_overflow(out, factor, &out), "the sizes of this call overflow a 64-bit count: ",
-                at::IntArrayRef(factors.begin(), factors.size()));
+    TORCH_CHECK(!__builtin_mul_overflow(out, factor, &out),
+                "the sizes of this call overflow a 64-bit count: ", at::IntArrayRef(factors.begin(), factors.size()));
   return out;
 }
 
 void check_like(const char* name, const at::Tensor& t, const at::Tensor& x) {
-  TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of the input, ", x.scalar_type(), "; got ",
-              t.scalar_type());
-  TORCH_CHECK(t.device() == x.device(), name, " must be on the device of the input, ", x.device(), "; got ", t.device());
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of the input, ", x.scalar_type(),
+              "; got ", t.scalar_type());
+  TORCH_CHECK(
+      t.device() == x.device(), name, " must be on the device of the input, ", x.device(), "; got ", t.device());
 }
 
 void check_sizes(const std::string& name, const char* letters, const at::Tensor& t, at::IntArrayRef expected,
                  const std::string& cell) {
-  TORCH_CHECK(t.sizes() == expected, name, " must be ", letters, " = ", expected, " for cell '", cell, "'; got ", t.sizes());
+  TORCH_CHECK(
+      t.sizes() == expected, name, " must be ", letters, " = ", expected, " for cell '", cell, "'; got ", t.sizes());
 }
 
 at::Tensor int64_on_cpu(const char* name, const at::Tensor& t) {
@@ -44,7 +46,10 @@ at::Tensor int64_on_cpu(const char* name, const at::Tensor& t) {
 }  // namespace
 
 RnnStack::RnnStack(const RnnArguments& a)
-    : cell(find_cell(a.cell)), facts(cpu::kernels().cells[static_cast<int>(cell)]), bias(a.bias), layers(a.num_layers),
+    : cell(find_cell(a.cell)),
+      facts(cpu::kernels().cells[static_cast<int>(cell)]),
+      bias(a.bias),
+      layers(a.num_layers),
       directions(a.bidirectional ? 2 : 1) {
   const bool packed = a.batch_sizes.has_value();
   single_step = a.x.dim() == 2 && !packed;
@@ -79,9 +84,9 @@ RnnStack::RnnStack(const RnnArguments& a)
 
   check_weights(a);
   check_states(a);
-  TORCH_CHECK(a.dropout_masks.empty() || static_cast<int64_t>(a.dropout_masks.size()) == layers - 1,
-              "dropout_masks must be empty or one for each layer but the last, ", layers - 1, "; got ",
-              a.dropout_masks.size());
+  TORCH_CHECK(
+      a.dropout_masks.empty() || static_cast<int64_t>(a.dropout_masks.size()) == layers - 1,
+      "dropout_masks must be empty or one for each layer but the last, ", layers - 1, "; got ", a.dropout_masks.size());
   for (const at::Tensor& mask : a.dropout_masks) {
     check_like("a dropout mask", mask, a.x);
     check_sizes("a dropout mask", "(T, B, D*Hout)", mask, output_sizes(a.x), a.cell);
@@ -131,7 +136,8 @@ void RnnStack::take_batch_sizes(const at::Tensor& tensor, const at::Tensor& x) {
                 "batch_sizes must be positive and never grow; got ", batch_sizes[t], " at step ", t);
     total += batch_sizes[t];
   }
-  TORCH_CHECK(total == x.size(0), "batch_sizes must add up to the rows of the packed input, ", x.size(0), "; got ", total);
+  TORCH_CHECK(
+      total == x.size(0), "batch_sizes must add up to the rows of the packed input, ", x.size(0), "; got ", total);
   if (steps && batch_sizes.back() == batch) batch_sizes.clear();  // dense after all
   make_offsets();
 }
@@ -142,8 +148,8 @@ void RnnStack::take_lengths(const at::Tensor& tensor) {
   const int64_t* length = lengths.const_data_ptr<int64_t>();
   bool dense = true;
   for (int64_t b = 0; b < batch; ++b) {
-    TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= steps, "lengths must be within 0..T = 0..", steps, "; got ", length[b],
-                      " for row ", b);
+    TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= steps, "lengths must be within 0..T = 0..", steps, "; got ",
+                      length[b], " for row ", b);
     dense = dense && length[b] == steps;
   }
   if (dense) return;

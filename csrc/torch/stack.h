@@ -37,11 +37,11 @@ class RnnStack {
   bool projected, bias;
   int64_t layers, directions;
   int64_t steps, batch, input_size, hidden_size, out_size;
-  int64_t padded_rows;  // T*B, or the rows of a packed batch
+  int64_t padded_rows;                        // T*B, or the rows of a packed batch
   std::vector<int64_t> batch_sizes, offsets;  // empty when dense
-  at::Tensor rows;   // lengths=: packed row -> padded row t*B + b; undefined otherwise
-  at::Tensor order;  // lengths=: rows of the batch, longest first; undefined otherwise
-  at::Tensor rank;   // its inverse
+  at::Tensor rows;                            // lengths=: packed row -> padded row t*B + b; undefined otherwise
+  at::Tensor order;                           // lengths=: rows of the batch, longest first; undefined otherwise
+  at::Tensor rank;                            // its inverse
 
   Schedule schedule() const;
   int64_t total_rows() const { return schedule().total_rows(); }

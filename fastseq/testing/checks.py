@@ -20,8 +20,11 @@ from fastseq.testing.cases import FORMS, Case, Op, Problem, all_cases
 
 Subject = Case | Problem | torch.nn.Module
 
-FLOOR = 16
-"""Units of rounding, of the largest element of a tensor, that an error may have whatever torch.nn's is."""
+FLOOR = 32
+"""Units of rounding (`finfo.eps`), of a tensor's largest element or of 1, that an error may have beyond torch.nn's.
+
+1 is the size of the random numbers that go in: a gradient that happens to cancel is as exact as its terms. In float64,
+where the reference rounds as much as what is held to it, this is most of the bound."""
 
 SLOW_GRADCHECK = 150
 """Numbers among the inputs up to which finite differences are taken of each; beyond, along random directions."""
@@ -67,7 +70,7 @@ def check_forward(subject: Subject, op: Op = ops.rnn) -> Result:
 
     Shapes and dtypes equal those of torch.nn's operators on the same arguments. |ours - torch's| of a tensor is at most
     three times what torch.nn loses against the float64 reference (`torch_nn.rnn`, `reference.rnn`), plus `FLOOR` units
-    of rounding of its largest element. A second call gives the same bits, and so does a call that records gradients.
+    of rounding; that holds with and without gradients recorded. A second call gives the same bits.
 
     Args:
         subject: a case, a problem, or a layer or cell of fastseq or torch.nn (a torch.nn one is converted).
@@ -80,7 +83,7 @@ def check_reference(subject: Subject, op: Op = ops.rnn) -> Result:
     """Outputs and the gradients of every tensor against `fastseq.reference` in float64.
 
     With random gradients arriving through every output, the error of a tensor is at most twice what torch.nn's
-    operators lose on the same arguments in the same dtype, plus `FLOOR` units of rounding of its largest element.
+    operators lose on the same arguments in the same dtype, plus `FLOOR` units of rounding.
 
     Args:
         subject, op: as for `check_forward`.
@@ -122,17 +125,16 @@ CHECKS: dict[str, Callable[..., Result]] = {
 def default_cases() -> Iterator[tuple[Case, str]]:
     """Every case of the list with the checks that suit it, by name.
 
-    Finite differences take the small cases, as a large one teaches nothing more; second gradients, which are the
-    reference's, every third of these.
+    Finite differences take the small cases, as a large one teaches nothing more; second gradients, which are slow and
+    the reference's, the shortest of these.
     """
-    for k, case in enumerate(all_cases()):
+    for case in all_cases():
         yield case, "forward"
         yield case, "reference"
-        small = case.dtype == torch.float64 and case.H <= 5 and case.T <= 9 and case.B > 0 and case.T > 0
-        if small:
+        if case.dtype == torch.float64 and case.H <= 5 and case.T <= 9 and case.B > 0 and case.T > 0:
             yield case, "gradients"
-        if small and k % 3 == 0:
-            yield case, "second"
+            if case.form == "step" or (case.T <= 3 and case.layers * case.D <= 2 and case.bias):
+                yield case, "second"
 
 
 def run_checks(
@@ -303,9 +305,10 @@ def _forward(problem: Problem, op: Op) -> _Found:
     with torch.enable_grad():
         recorded = problem.leaves().run(op)
     _same_form(actual, peer)
+    _same_form(recorded, peer)
     _same_bits(actual, again, "a second call")
-    _same_bits(actual, recorded, "a call that records gradients")
-    return _worst(actual, peer, {name: 3 * _error(peer[name], exact[name]) for name in peer})
+    allowance = {name: 3 * _error(peer[name], exact[name]) for name in peer}
+    return max((_worst(outputs, peer, allowance) for outputs in (actual, recorded)), key=_share)
 
 
 def _reference(problem: Problem, op: Op) -> _Found:
@@ -401,6 +404,11 @@ def _worst(actual: dict[str, Tensor], expected: dict[str, Tensor], allowance: di
     found: list[_Found] = []
     for name, e in expected.items():
         largest = e.detach().abs().max().item() if e.numel() else 0.0
-        bound = allowance[name] + FLOOR * torch.finfo(actual[name].dtype).eps * largest
+        bound = allowance[name] + FLOOR * torch.finfo(actual[name].dtype).eps * max(largest, 1.0)
         found.append((_error(actual[name], e), bound, name))
-    return max(found, key=lambda f: f[0] / f[1] if f[1] else f[0])
+    return max(found, key=_share)
+
+
+def _share(found: _Found) -> float:
+    error, bound, _ = found
+    return error / bound if bound else math.inf if error else 0.0

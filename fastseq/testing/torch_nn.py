@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from torch import _VF, Tensor
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastseq import reference
 
@@ -30,11 +29,11 @@ def rnn(
     """The arguments, result and meaning of `fastseq.ops.rnn`, computed by the operators that torch.nn calls.
 
     The layers run one by one, with the dropout masks in between; torch's own dropout is not used. What torch refuses
-    (no steps, or no rows) has nothing to compute, and is answered by `fastseq.reference`.
+    (no steps, or no rows) or does not have (a cell of our own) is answered by `fastseq.reference`.
     """
     options = {"num_layers": num_layers, "bidirectional": bidirectional, "bias": bias}
     groups = num_layers * (2 if bidirectional else 1)
-    if x.numel() == 0:
+    if x.numel() == 0 or not hasattr(_VF, cell):
         masks = {"dropout_masks": dropout_masks, "lengths": lengths, "batch_sizes": batch_sizes}
         return reference.rnn(cell, x, hx, cx, weights, **options, **masks)
     if x.dim() == 2 and batch_sizes is None:

@@ -1,0 +1,26 @@
+"""The command line: `python -m fastseq info | check | bench | demo`."""
+
+from __future__ import annotations
+
+import click
+
+from fastseq.cli.bench import bench
+from fastseq.cli.check import check
+from fastseq.cli.demo import demo
+from fastseq.cli.info import info
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Drop-in RNN, LSTM and GRU layers for PyTorch on fused CPU kernels.
+
+    \b
+    python -m fastseq info     what was built, and what this machine runs
+    python -m fastseq check    whether the kernels compute the right numbers here
+    python -m fastseq bench    how fast they are here, next to torch.nn
+    python -m fastseq demo     a character language model trained with both
+    """
+
+
+for command in (info, check, bench, demo):
+    main.add_command(command)

@@ -1,0 +1,36 @@
+"""`python -m fastseq info`."""
+
+from __future__ import annotations
+
+import platform
+
+import click
+import torch
+
+from fastseq import _load
+
+
+def facts() -> dict[str, str]:
+    """What was built and what runs here, for people and for bug reports."""
+    build, cuda = _load._C.build_info(), _load._C.cuda()
+    return {
+        "fastseq": build["version"],
+        "torch": f"{torch.__version__} (built against {build['torch']})",
+        "Python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "compiler": build["compiler"],
+        "build": f"{build['build_type']}: {build['flags']}",
+        "instruction set": f"{_load._C.isa()} (runs here: {', '.join(_load._C.available_isas())}; FASTSEQ_ISA forces one)",
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
+        "cells": ", ".join(_load._C.cells()),
+        "CUDA": f"{'yes' if cuda['built'] else 'no'}: {cuda['why']}",
+    }
+
+
+@click.command()
+def info() -> None:
+    """Says what was built, and what this machine runs."""
+    rows = facts()
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        click.echo(f"{name:{width}}  {value}")
