@@ -8,20 +8,35 @@
 // dL/dh_n.
 #pragma once
 
-// out[j] (+)= sum over rows of a[row][j], in chains of kChain rows.
+// out[j] (+)= sum over rows of a[row][j], in chains of kChain rows. Strips of columns that fill a few cache lines: one
+// vector at a time would touch every page of a once for each vector.
 template <class T>
 void column_sums(int threads, const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* out) {
   using V = Vec<T>;
-  const int64_t vectors = (columns + V::size - 1) / V::size;
-  parallel_for(rows * columns >= kUnitsToShare ? threads : 1, vectors, [&](int64_t i) {
-    const int64_t j = i * V::size, valid = columns - j;
-    V total = accumulate ? V::load(out + j, valid) : V(0);
+  constexpr int kStrip = 8;
+  constexpr int64_t kWidth = kStrip * V::size;
+  const int64_t strips = (columns + kWidth - 1) / kWidth;
+  parallel_for(rows * columns >= kUnitsToShare ? threads : 1, strips, [&](int64_t i) {
+    const int64_t j0 = i * kWidth, wide = columns - j0 < kWidth ? columns - j0 : kWidth;
+    const int vectors = static_cast<int>((wide + V::size - 1) / V::size);
+    V totals[kStrip];
+    for (int s = 0; s < vectors; ++s)
+      totals[s] = accumulate ? V::load(out + j0 + s * V::size, wide - s * V::size) : V(0);
     for (int64_t r0 = 0; r0 < rows; r0 += kChain) {
-      V sum(0);
-      for (int64_t r = r0; r < rows && r < r0 + kChain; ++r) sum = sum + V::load(a + r * lda + j, valid);
-      total = total + sum;
+      const int64_t r1 = r0 + kChain < rows ? r0 + kChain : rows;
+      V sums[kStrip] = {V(0), V(0), V(0), V(0), V(0), V(0), V(0), V(0)};
+      if (wide == kWidth) {
+        for (int64_t r = r0; r < r1; ++r)
+#pragma GCC unroll 8
+          for (int s = 0; s < kStrip; ++s) sums[s] = sums[s] + V::load(a + r * lda + j0 + s * V::size);
+      } else {
+        for (int64_t r = r0; r < r1; ++r)
+          for (int s = 0; s < vectors; ++s)
+            sums[s] = sums[s] + V::load(a + r * lda + j0 + s * V::size, wide - s * V::size);
+      }
+      for (int s = 0; s < vectors; ++s) totals[s] = totals[s] + sums[s];
     }
-    total.store(out + j, valid);
+    for (int s = 0; s < vectors; ++s) totals[s].store(out + j0 + s * V::size, wide - s * V::size);
   });
 }
 
@@ -114,10 +129,16 @@ class BackwardDirection {
       multiply(p_->gemm, p_->threads, true, false, hout_, H_, rows, d_projected_.get(), hout_,
                p_->emitted[d_] + rows_.begin * H_, H_, beta, out.w_hr, H_);
     if (out.b_ih) column_sums(p_->threads, dg_.get(), ldg_, rows, GH_, !first, out.b_ih);
-    if (out.b_hh)
-      for (const GateRun& run : Cell::hidden_runs)
-        column_sums(
-            p_->threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first, out.b_hh + run.gate * H_);
+    if (out.b_hh) {
+      constexpr bool same = Cell::runs == 1 && Cell::grads == Cell::gates;  // dgh is dgx
+      if (same && out.b_ih) {
+        memcpy(out.b_hh, out.b_ih, GH_ * sizeof(T));
+      } else {
+        for (const GateRun& run : Cell::hidden_runs)
+          column_sums(p_->threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first,
+                      out.b_hh + run.gate * H_);
+      }
+    }
   }
 
   void finish() {
