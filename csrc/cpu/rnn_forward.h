@@ -9,6 +9,7 @@
 template <class Cell, class T>
 class ForwardDirection {
  public:
+  static_assert(Cell::kept == 0 || Cell::kept >= Cell::gates, "the kept planes take the place of gx");
   using V = Vec<T>;
   using Hidden = PanelShape<T, Cell::gates>;
   using Projection = PanelShape<T, 1>;
@@ -169,8 +170,10 @@ class ForwardDirection {
     if constexpr (Cell::reads_h_prev) before = V::load(h_prev + j, valid);
     const V now = Cell::update(x, h, before, c, keep);
     if constexpr (Cell::cell_state) c.store(c_.get() + r * H_ + j, valid);
-    if (in_place())
-      for (int k = 0; k < Cell::kept; ++k) keep[k].store(gx + k * H_, valid);
+    if constexpr (Cell::kept > 0) {
+      if (in_place())
+        for (int k = 0; k < Cell::kept; ++k) keep[k].store(gx + k * H_, valid);
+    }
     now.store((p_->proj_size ? emitted_row(n, r) : output_row(n)) + j, valid);
   }
 

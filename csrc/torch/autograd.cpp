@@ -27,6 +27,13 @@ RnnOutputs redispatch(const std::string& cell, const at::Tensor& x, const Option
 
 OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
+// Forward-mode AD finds no rule here, and would take the derivative to be zero without a word.
+void check_no_tangent(const at::Tensor& t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!t._fw_grad(0).defined(),
+                              "fastseq's operators have no forward-mode derivative, and a tensor of this call has a "
+                              "tangent: call fastseq.ops.rnn inside the transform, which has one");
+}
+
 struct RnnFunction : torch::autograd::Function<RnnFunction> {
   static constexpr bool is_traceable = true;  // compiled autograd may trace through
 
@@ -60,6 +67,8 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    for (const at::Tensor& grad : grads)
+      if (grad.defined()) check_no_tangent(grad);
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &hx = saved[1], &cx = saved[2];
     const auto num_masks = static_cast<size_t>(ctx->saved_data["num_masks"].toInt());
@@ -99,6 +108,10 @@ RnnOutputs rnn_forward_autograd(std::string cell, const at::Tensor& x, const Opt
                                 const OptionalTensor& cx, at::TensorList weights, at::TensorList masks,
                                 const OptionalTensor& lengths, const OptionalTensor& batch_sizes, int64_t num_layers,
                                 bool bidirectional, bool bias, bool save) {
+  check_no_tangent(x);
+  if (hx) check_no_tangent(*hx);
+  if (cx) check_no_tangent(*cx);
+  for (const at::Tensor& w : weights) check_no_tangent(w);
   const auto tracked = [](const at::Tensor& t) { return t.requires_grad(); };
   const bool needs_grad = at::GradMode::is_enabled() && (tracked(x) || (hx && tracked(*hx)) || (cx && tracked(*cx)) ||
                                                          std::any_of(weights.begin(), weights.end(), tracked));

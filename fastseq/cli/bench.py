@@ -20,9 +20,7 @@ from fastseq.cli.progress import progress_bar
 @click.option("--cell", "cells", multiple=True, type=click.Choice(CELLS), help="Only these layers.")
 @click.option("--full", is_flag=True, help="The whole grid of T, B and H: about half an hour.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of both sides; torch's default otherwise.")
-@click.option(
-    "--json", "json_path", callback=output_file, help="Also write every figure, and the machine, to this file."
-)
+@click.option("--json", "json_path", callback=output_file, help="Also write all figures and the machine to this file.")
 @click.option("--markdown", "markdown_path", callback=output_file, help="Also write the table to this file.")
 def bench(
     cells: tuple[str, ...], full: bool, threads: int | None, json_path: Path | None, markdown_path: Path | None

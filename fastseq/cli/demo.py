@@ -30,12 +30,8 @@ PROMPT = "def "
 @click.option("--hidden", type=click.IntRange(min=1), default=Settings.hidden, show_default=True, help="Hidden size H.")
 @click.option("--layers", type=click.IntRange(min=1), default=Settings.layers, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=Settings.steps, show_default=True, help="Training steps.")
-@click.option(
-    "--batch", type=click.IntRange(min=1), default=Settings.batch, show_default=True, help="Sequences a step."
-)
-@click.option(
-    "--seq", type=click.IntRange(min=1), default=Settings.seq, show_default=True, help="Characters a sequence."
-)
+@click.option("--batch", type=click.IntRange(min=1), default=Settings.batch, show_default=True, help="Sequences.")
+@click.option("--seq", type=click.IntRange(min=1), default=Settings.seq, show_default=True, help="Their length.")
 @click.option("--seed", type=click.IntRange(min=0), default=Settings.seed, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of both libraries; torch's default otherwise.")
 @click.option("--sample", type=click.IntRange(min=0), default=400, show_default=True, help="Characters to generate.")

@@ -20,7 +20,7 @@ def facts() -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "compiler": build["compiler"],
         "build": f"{build['build_type']}: {build['flags']}",
-        "instruction set": f"{_load._C.isa()} (runs here: {', '.join(_load._C.available_isas())}; FASTSEQ_ISA forces one)",
+        "instruction set": f"{_load._C.isa()} (of {', '.join(_load._C.available_isas())}; FASTSEQ_ISA forces one)",
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
         "cells": ", ".join(_load._C.cells()),
         "CUDA": f"{'yes' if cuda['built'] else 'no'}: {cuda['why']}",

@@ -5,8 +5,8 @@ and N1+ the number of distinct characters seen in a place,
 
     p(c | ab) = max(c(abc) - D, 0) / c(ab.)  +  D N1+(ab.) / c(ab.)  p(c | b)
 
-and p(c | b), p(c) have the same form over continuation counts (in how many different contexts was this seen?) down to the
-uniform distribution. D = n1 / (n1 + 2 n2) from the numbers of n-grams seen once and twice.
+and p(c | b), p(c) have the same form over continuation counts (in how many different contexts was this seen?) down to
+the uniform distribution. D = n1 / (n1 + 2 n2) from the numbers of n-grams seen once and twice.
 Kneser and Ney, "Improved backing-off for m-gram language modeling", 1995; Chen and Goodman, "An empirical study of
 smoothing techniques for language modeling", 1999.
 """
@@ -32,7 +32,7 @@ def kneser_ney(train: np.ndarray, vocabulary: int) -> np.ndarray:
 
 
 def _interpolate(counts: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """Discounted counts over the last axis, the mass taken away given to `lower`; rows never seen are `lower` itself."""
+    """Discounted counts over the last axis, the mass taken away given to `lower`; unseen rows are `lower` itself."""
     once, twice = (counts == 1).sum(), (counts == 2).sum()
     discount = once / (once + 2 * twice) if once and twice else 0.5  # the formula fails on very small texts
     kept = np.maximum(counts - discount, 0.0) / np.maximum(counts.sum(axis=-1, keepdims=True), 1)

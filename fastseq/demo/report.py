@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,8 +54,6 @@ class CellReport:
 
 def loss_curves(reports: Sequence[CellReport], baseline_bits: float) -> bytes:
     """A PNG: for each cell the losses of both libraries, in bits per character, and the n-gram's validation bits."""
-    import math
-
     import matplotlib
 
     matplotlib.use("Agg")
@@ -64,8 +63,8 @@ def loss_curves(reports: Sequence[CellReport], baseline_bits: float) -> bytes:
     figure, axes = plt.subplots(1, len(reports), figsize=(5.2 * len(reports), 4.4), sharey=True, squeeze=False)
     for axis, report in zip(axes[0], reports, strict=True):
         for name, style in (
-            ("torch.nn", dict(color="#b0b0b0", linewidth=4)),
-            ("fastseq", dict(color="#d1495b", linewidth=1.3)),
+            ("torch.nn", {"color": "#b0b0b0", "linewidth": 4}),
+            ("fastseq", {"color": "#d1495b", "linewidth": 1.3}),
         ):
             bits = np.array(report.losses[name]) / math.log(2)
             width = max(1, len(bits) // 60)
