@@ -135,8 +135,8 @@ class BackwardDirection {
         memcpy(out.b_hh, out.b_ih, GH_ * sizeof(T));
       } else {
         for (const GateRun& run : Cell::hidden_runs)
-          column_sums(p_->threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first,
-                      out.b_hh + run.gate * H_);
+          column_sums(
+              p_->threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first, out.b_hh + run.gate * H_);
       }
     }
   }
@@ -342,14 +342,14 @@ void rnn_backward(const RnnBackward<T>& p) {
   if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
     const int64_t panels = directions[0].panels();
     parallel_for(p.threads, panels * p.directions, [&](int64_t i) { directions[i / panels].pack(i % panels); });
-    const double flops = 2.0 * Cell::gates * p.schedule.batch * p.hidden_size * p.out_size();
+    const int64_t weights = Cell::gates * p.hidden_size * p.out_size();
     // The directions reach a chunk's rows at different times: then both add to zeros.
     const bool dx_from_zero = p.directions == 2 && chunk < T_;
     if (p.dx && dx_from_zero) memset(p.dx, 0, p.schedule.total_rows() * p.input_size * sizeof(T));
     for (int64_t s1 = T_; s1 > 0; s1 -= chunk) {
       const int64_t s0 = s1 > chunk ? s1 - chunk : 0;
       for (int d = 0; d < p.directions; ++d) directions[d].begin_chunk(s0, s1);
-      run_plan(panels ? p.threads : 1, p.schedule, p.directions, flops, panels,
+      run_plan(panels ? p.threads : 1, p.schedule, p.directions, weights, panels,
                [&](int d, Range rows, int member, int members, Barrier& barrier) {
                  directions[d].run(s0, s1, rows, member, members, barrier);
                });

@@ -3,10 +3,14 @@
 
 // Measured on two cores with AVX2 (docs/performance.md). None changes a bit of the recurrent products.
 constexpr int64_t kStepsToPack = 8;           // packing costs a few steps: a shorter sequence calls the GEMM each step
-constexpr double kFlopsToShareUnits = 9.0e4;  // a step with less work than this is done before a barrier is
+constexpr int64_t kWorkToShareUnits = 45000;  // a step of fewer multiplications is done before a barrier is
 constexpr int64_t kRowsToShareRows = 6;       // rows a thread needs to be worth its own pass over the weights
 constexpr int64_t kUnitsToShare = 8192;       // elementwise work worth starting a team for
-constexpr int64_t kChunkBytes = 8 << 20;      // gx computed ahead of the steps
+// More weights than a core's own cache holds, and few rows to make up for reading them: each thread reads its share of
+// them at a step, rather than all of them for its rows.
+constexpr int64_t kWeightsToStream = 1 << 19;
+constexpr int64_t kRowsToShareUnits = 32;
+constexpr int64_t kChunkBytes = 8 << 20;           // gx computed ahead of the steps
 constexpr int64_t kBackwardChunkBytes = 16 << 20;  // dg kept for the weight gradients
 constexpr int64_t kChunkRows = 1024;               // at least: the GEMM packs its weights once a chunk
 
@@ -67,13 +71,14 @@ struct Plan {
   int tasks() const { return directions * row_groups; }
 };
 
-inline Plan make_plan(int team, int directions, int64_t batch, double flops_per_step, int64_t blocks) {
+inline Plan make_plan(int team, int directions, int64_t batch, int64_t weights, int64_t blocks) {
   Plan plan{directions, 1, 1};
   const int share = team / directions;  // threads a direction can have
   if (share <= 1) return plan;
-  if (batch >= share * kRowsToShareRows) {
+  const bool streams = weights >= kWeightsToStream && batch <= kRowsToShareUnits;
+  if (batch >= share * kRowsToShareRows && !streams) {
     plan.row_groups = share;
-  } else if (flops_per_step >= kFlopsToShareUnits) {
+  } else if (batch * weights >= kWorkToShareUnits) {
     plan.members = static_cast<int>(share < blocks ? share : blocks);
   }
   return plan;
@@ -99,7 +104,7 @@ inline Range row_group(const Schedule& schedule, int i, int n) {
 
 // Runs loop(direction, rows, member, members, barrier) for every part of the plan.
 template <class Loop>
-void run_plan(int threads, const Schedule& schedule, int directions, double flops_per_step, int64_t blocks,
+void run_plan(int threads, const Schedule& schedule, int directions, int64_t weights, int64_t blocks,
               const Loop& loop) {
   constexpr int kMaxGroups = 512;
   if (threads > kMaxGroups) threads = kMaxGroups;
@@ -108,13 +113,13 @@ void run_plan(int threads, const Schedule& schedule, int directions, double flop
   const int groups = threads > directions ? threads : directions;
   Barrier* barriers = memory.zeros(groups);
   const int wanted = [&] {
-    const Plan plan = make_plan(threads, directions, schedule.batch, flops_per_step, blocks);
+    const Plan plan = make_plan(threads, directions, schedule.batch, weights, blocks);
     const int all = plan.tasks() * plan.members;
     return threads < all ? threads : all;
   }();
   parallel(wanted, [&](int member, int team) {
     // From the team that came, which may be smaller than the one asked for.
-    const Plan plan = make_plan(team, directions, schedule.batch, flops_per_step, blocks);
+    const Plan plan = make_plan(team, directions, schedule.batch, weights, blocks);
     if (plan.members == 1) {
       for (int task = member; task < plan.tasks(); task += team)
         loop(

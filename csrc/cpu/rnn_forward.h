@@ -222,12 +222,12 @@ void rnn_forward(const RnnForward<T>& p) {
 
     const int64_t chunk = steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(T), kChunkBytes);
     for (int d = 0; d < p.directions; ++d) directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch);
-    const double flops = 2.0 * Cell::gates * p.schedule.batch * p.hidden_size * p.out_size();
+    const int64_t weights = Cell::gates * p.hidden_size * p.out_size();
     for (int64_t s0 = 0; s0 < T_; s0 += chunk) {
       const int64_t s1 = s0 + chunk < T_ ? s0 + chunk : T_;
       for (int d = 0; d < p.directions; ++d) directions[d].project_input(s0, s1);
       // Steps that are GEMM calls get their threads from the GEMM.
-      run_plan(panels ? p.threads : 1, p.schedule, p.directions, flops, panels,
+      run_plan(panels ? p.threads : 1, p.schedule, p.directions, weights, panels,
                [&](int d, Range rows, int member, int members, Barrier& barrier) {
                  directions[d].run(s0, s1, rows, member, members, barrier);
                });

@@ -86,7 +86,8 @@ RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
   const Inputs in(stack, a);
   const auto options = a.x.options();
   const int64_t N = stack.total_rows(), L = stack.layers, D = stack.directions;
-  // Sized for padded rows, of which a ragged batch fills a part: the rest is zero, so that equal calls give equal outputs.
+  // Sized for padded rows, of which a ragged batch fills a part: the rest is zero, so that equal calls give equal
+  // outputs.
   const int64_t reserve_numel = save ? stack.reserve_numel() : 0;
   const at::Tensor reserve =
       stack.rows.defined() ? at::zeros({reserve_numel}, options) : at::empty({reserve_numel}, options);
