@@ -13,7 +13,7 @@ built := $(VENV)/.fastseq-built
 linters := $(VENV)/.fastseq-linters
 sources := $(shell find csrc cmake -name '*.h' -o -name '*.cpp' -o -name '*.in') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help install test demo bench lint format test-asan test-aarch64 clean FORCE
+.PHONY: help install test demo bench lint format test-asan test-aarch64 test-faults clean FORCE
 
 help:
 	@echo 'make demo          train a character language model with fastseq next to torch.nn'
@@ -22,6 +22,7 @@ help:
 	@echo 'make install       build, and install into the virtual environment (all of the above do this first)'
 	@echo 'make lint          check the style of the Python and C++ code; make format repairs it'
 	@echo 'make test-asan     the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make test-faults   that the kernel tests see faults planted in the kernels (ten minutes)'
 	@echo 'make test-aarch64  the kernel tests, cross-compiled for aarch64 and run under qemu-user'
 	@echo 'make clean         remove everything that was built (the virtual environment stays)'
 	@echo
@@ -85,6 +86,9 @@ define kernel_tests
 	cmake --build build/kernels-$(1) && \
 	ctest --test-dir build/kernels-$(1) --verbose
 endef
+
+test-faults: $(built)
+	$(bin)/python -m pytest -m faults tests/test_faults.py $(ARGS)
 
 test-asan: $(tools)
 	$(call kernel_tests,asan,-DFASTSEQ_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo)

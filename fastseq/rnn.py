@@ -195,7 +195,7 @@ class _Layer(torch.nn.RNNBase):
         """torch's own operator, called as torch.nn calls it."""
         if hx is None:
             hx = self._zero_state(x, x.shape[1] if batch_sizes is None else int(batch_sizes[0]))
-        if self.mode == "LSTM" and _autocast_lstm_fails(x, batch_sizes):
+        if self.mode == "LSTM" and _autocast_lstm_may_fail(x, batch_sizes):
             # What autocast is about to do inside; with x already cast, torch does not go to oneDNN.
             x, *hx = (t.to(torch.get_autocast_dtype("cpu")) for t in (x, *hx))
         operator = getattr(_VF, self._cell)
@@ -258,23 +258,27 @@ def _check_lengths(lengths: Lengths, B: int) -> Tensor:
     return lengths.to("cpu", torch.int64)
 
 
-def _onednn_lacks(dtype: torch.dtype) -> bool:
-    """Whether torch hands an LSTM to oneDNN, and this processor has no kernel of it for `dtype`."""
+def _onednn_supports(dtype: torch.dtype) -> bool:
+    """Whether oneDNN, to which torch hands an LSTM, takes `dtype` at all on this processor."""
     if not torch.backends.mkldnn.is_available():
-        return False
+        return True
     if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-_ONEDNN_LACKS = {dtype: _onednn_lacks(dtype) for dtype in (torch.bfloat16, torch.float16)}
+_ONEDNN_SUPPORTS = {dtype: _onednn_supports(dtype) for dtype in (torch.bfloat16, torch.float16)}
 
 
-def _autocast_lstm_fails(x: Tensor, batch_sizes: Tensor | None) -> bool:
-    """Whether torch's LSTM would fail under autocast: "could not create a primitive descriptor"."""
+def _autocast_lstm_may_fail(x: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether torch's LSTM might fail under autocast: "could not create a primitive descriptor".
+
+    In float16 few processors have oneDNN's training kernel, and nothing tells which; those with AVX512-FP16 alone
+    have only the one for inference."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() == 0 or not torch.is_autocast_enabled("cpu"):
         return False
-    if not _ONEDNN_LACKS.get(torch.get_autocast_dtype("cpu"), False):
+    dtype = torch.get_autocast_dtype("cpu")
+    if _ONEDNN_SUPPORTS.get(dtype, True) and not (dtype == torch.float16 and torch.is_grad_enabled()):
         return False
     return batch_sizes is None or bool(batch_sizes[0] == batch_sizes[-1])  # packed rows of several lengths run
 

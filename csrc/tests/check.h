@@ -80,8 +80,7 @@ class Report {
 
   template <class T>
   void same_bits(const std::string& what, const T* got, const T* want, int64_t n) {
-    compare(what, got, want, n, "the same bits",
-            [](T a, T b) { return std::memcmp(&a, &b, sizeof(T)) == 0; });
+    compare(what, got, want, n, "the same bits", [](T a, T b) { return std::memcmp(&a, &b, sizeof(T)) == 0; });
   }
   template <class T>
   void same_bits(const std::string& what, const Guarded<T>& got, const Guarded<T>& want) {

@@ -28,7 +28,7 @@ const Shape kShapes[] = {
     {8, 70, 2, 3, 0, 1, true, true, false},
     {20, 3, 3, 1, 1, 2, true, false, true},
     {9, 3, 7, 129, 0, 1, false, true, false},  // units shared by the threads
-    {3, 1, 1, 33, 5, 2, false, true, true},   // products of one row
+    {3, 1, 1, 33, 5, 2, false, true, true},    // products of one row
     {1, 1, 1, 1, 0, 1, false, false, false},
     {2, 1, 5, 364, 150, 1, false, true, true},  // products of one row that threads share
     {1, 3, 2, 64, 17, 2, false, true, true},
@@ -42,11 +42,11 @@ const Shape kShapes[] = {
     {20, 1, 15, 7, 3, 2, false, true, false},
     {20, 7, 64, 15, 0, 2, true, true, true},
     {12, 70, 5, 64, 15, 1, false, true, true},
-    {12, 5, 20, 131, 70, 2, true, true, true},   // units shared in two directions, an odd tail
-    {8, 150, 2, 17, 0, 1, false, false, true},   // more than two blocks of rows
-    {3, 1100, 2, 31, 0, 1, true, true, true},    // rows shared where steps are GEMM calls
-    {0, 3, 2, 5, 0, 2, false, true, true},       // no steps
-    {9, 4, 0, 5, 0, 2, false, true, true},       // no input features
+    {12, 5, 20, 131, 70, 2, true, true, true},  // units shared in two directions, an odd tail
+    {8, 150, 2, 17, 0, 1, false, false, true},  // more than two blocks of rows
+    {3, 1100, 2, 31, 0, 1, true, true, true},   // rows shared where steps are GEMM calls
+    {0, 3, 2, 5, 0, 2, false, true, true},      // no steps
+    {9, 4, 0, 5, 0, 2, false, true, true},      // no input features
 };
 
 // Bounds on |error|, in the type's epsilon, relative to the largest number of the tensor; several times what was seen.
@@ -147,8 +147,8 @@ Inputs<T> check_backward(Report& report, const Kernels& kernels, const Case& c, 
   const Inputs<T> grads = run_backward(kernels, c, in, f, d_out, 1);
   for (int i = 0; i < kInputs; ++i) report.written(std::string("d ") + input_name(i), grads[i]);
   for (int threads = 2; threads <= 3; ++threads)
-    same_gradients(report, std::to_string(threads) + " threads", run_backward(kernels, c, in, f, d_out, threads),
-                   grads);
+    same_gradients(
+        report, std::to_string(threads) + " threads", run_backward(kernels, c, in, f, d_out, threads), grads);
   for (int i = 0; i < kInputs; ++i) {
     if (!in[i].size()) continue;
     const unsigned only = 1u << i;
@@ -260,8 +260,8 @@ void check_case(Report& report, const Kernels& kernels, const Case& c) {
   where("float");
   const Inputs<float> grads_float = check_backward(report, kernels, c, in_float, f_float, convert<float>(d_out));
   // From the float forward, so that both are on the same side of every kink.
-  const Forward<double> same{convert<double>(f_float.out), convert<double>(f_float.kept),
-                             convert<double>(f_float.emitted)};
+  const Forward<double> same{
+      convert<double>(f_float.out), convert<double>(f_float.kept), convert<double>(f_float.emitted)};
   const Inputs<double> want = run_backward(kernels, c, in, same, d_out, 1);
   for (int i = 0; i < kInputs; ++i)
     report.near(std::string("against double: d ") + input_name(i), grads_float[i], want[i],
@@ -306,9 +306,9 @@ void check_isa(Report& report, const Kernels& kernels, bool quick) {
   const auto section = [&](const char* name, const auto& run) {
     const Report before = report;
     run();
-    std::printf("%s %s: %lld passed, %lld failed\n", kernels.isa, name,
-                static_cast<long long>(report.passed - before.passed),
-                static_cast<long long>(report.failed - before.failed));
+    std::printf(
+        "%s %s: %lld passed, %lld failed\n", kernels.isa, name, static_cast<long long>(report.passed - before.passed),
+        static_cast<long long>(report.failed - before.failed));
     std::fflush(stdout);
   };
   section("exp, sigmoid, tanh", [&] {
@@ -357,8 +357,8 @@ int run(bool quick) {
   check_dispatch(report);
   for (const std::string& isa : isas)
     if (const Kernels* kernels = cpu::find_kernels(isa)) check_isa(report, *kernels, quick);
-  std::printf("%lld passed, %lld failed\n", static_cast<long long>(report.passed),
-              static_cast<long long>(report.failed));
+  std::printf(
+      "%lld passed, %lld failed\n", static_cast<long long>(report.passed), static_cast<long long>(report.failed));
   return report.failed ? 1 : 0;
 }
 

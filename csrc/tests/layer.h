@@ -40,9 +40,9 @@ struct Shape {
 enum Input { kX, kH0, kC0, kWeights, kInputs = kWeights + 2 * 5 };
 enum Output { kOutput, kHn, kCn, kOutputs };
 inline const char* input_name(int i) {
-  static const char* const names[] = {"x",    "h0",           "c0",           "w_ih",         "w_hh",
-                                      "b_ih", "b_hh",         "w_hr",         "w_ih reverse", "w_hh reverse",
-                                      "b_ih reverse", "b_hh reverse", "w_hr reverse"};
+  static const char* const names[] = {
+      "x",    "h0",           "c0",           "w_ih",         "w_hh",         "b_ih",        "b_hh",
+      "w_hr", "w_ih reverse", "w_hh reverse", "b_ih reverse", "b_hh reverse", "w_hr reverse"};
   return names[i];
 }
 inline const char* output_name(int i) {
@@ -74,9 +74,7 @@ struct Case : Shape {
     }
   }
 
-  Schedule schedule() const {
-    return {T, B, ragged ? batch_sizes.data() : nullptr, ragged ? offsets.data() : nullptr};
-  }
+  Schedule schedule() const { return {T, B, ragged ? batch_sizes.data() : nullptr, ragged ? offsets.data() : nullptr}; }
   int64_t total_rows() const { return schedule().total_rows(); }
   int64_t length(int64_t row) const {
     int64_t t = T;
@@ -212,8 +210,7 @@ class Rows {
     const Schedule some = few.schedule(), all = all_.schedule();
     for (int64_t t = 0; t < some.steps; ++t)
       for (int64_t k = 0; k < some.rows(t); ++k)
-        for (int64_t i = 0; i < size; ++i)
-          use((some.offset(t) + k) * size + i, (all.offset(t) + rows_[k]) * size + i);
+        for (int64_t i = 0; i < size; ++i) use((some.offset(t) + k) * size + i, (all.offset(t) + rows_[k]) * size + i);
   }
 
   Case all_;

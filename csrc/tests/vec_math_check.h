@@ -46,9 +46,33 @@ std::vector<T> domain(int64_t points) {
     out.push_back(x);
     out.push_back(-x);
   };
-  for (const T x : {T(0), T(1), Limits::infinity(), Limits::quiet_NaN(), Limits::denorm_min(), Limits::min(),
-                    Limits::max(), Limits::epsilon(), T(88.72), T(88.73), T(89), T(103.9), T(104), T(709.7), T(709.8),
-                    T(710), T(745.1), T(745.2), T(746), T(1000), T(9), T(9.02), T(10), T(19), T(19.1), T(20)}) {
+  for (const T x :
+       {T(0),
+        T(1),
+        Limits::infinity(),
+        Limits::quiet_NaN(),
+        Limits::denorm_min(),
+        Limits::min(),
+        Limits::max(),
+        Limits::epsilon(),
+        T(88.72),
+        T(88.73),
+        T(89),
+        T(103.9),
+        T(104),
+        T(709.7),
+        T(709.8),
+        T(710),
+        T(745.1),
+        T(745.2),
+        T(746),
+        T(1000),
+        T(9),
+        T(9.02),
+        T(10),
+        T(19),
+        T(19.1),
+        T(20)}) {
     both_signs(x);
     if (std::isfinite(x)) {
       both_signs(std::nextafter(x, T(0)));

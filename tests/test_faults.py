@@ -1,0 +1,106 @@
+"""Planted faults: each is put into a copy of the kernels' source, and the kernel tests built from it must see it.
+
+Opt-in, as each one compiles the kernels again: `make test-faults`.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastseq import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+CELLS, DRIVER, PANEL = "csrc/cells.h", "csrc/cpu/rnn_driver.h", "csrc/cpu/panel.h"
+FORWARD, BACKWARD = "csrc/cpu/rnn_forward.h", "csrc/cpu/rnn_backward.h"
+
+# name: file, what is there once, what it becomes
+FAULTS = {
+    "lstm: the forget gate reads the input gate's gx": (
+        CELLS,
+        "f = sigmoid(gx[1] + gh[1])",
+        "f = sigmoid(gx[0] + gh[1])",
+    ),
+    "lstm: the old cell state is dropped": (CELLS, "c = fma(f, c, i * g);", "c = i * g;"),
+    "gru: z and 1 - z change places": (CELLS, "return fma(z, h_prev - n, n);", "return fma(z, n - h_prev, h_prev);"),
+    "gru: the reset gate is left out": (CELLS, "n = tanh(fma(r, q, gx[2]))", "n = tanh(q + gx[2])"),
+    "reverse: rows that start late read a predecessor": (
+        DRIVER,
+        "return {there < here ? there : here, from};",
+        "return {here, from};",
+    ),
+    "h_n is the first step's": (FORWARD, "last = walk_.reverse ? 0 : t - 1", "last = 0"),
+    "packing drops the last unit of a part panel": (
+        PANEL,
+        "if (u < valid) {",
+        "if (u < valid - (valid != Shape::units)) {",
+    ),
+    "backward, rnn: the wrong sign in tanh's derivative": (CELLS, "V(1) - h * h", "V(1) + h * h"),
+    "backward, lstm: dc does not pass the forget gate": (CELLS, "dc = dc_now * f;", "dc = dc_now;"),
+    "backward, lstm: g's derivative is left out": (CELLS, "dc_now * i * (V(1) - g * g)", "dc_now * i"),
+    "backward, gru: dh passes unscaled around the gates": (CELLS, "return dh * z;", "return dh;"),
+    "backward, gru: W_hh of n gets gx's gradient": (CELLS, "{{0, 0, 2}, {3, 2, 1}}", "{{0, 0, 2}, {2, 2, 1}}"),
+    "backward: the carry forgets what was in it": (
+        BACKWARD,
+        "(V::load(carry, valid) + V::load(sums + i * ld_sums + u * V::size))",
+        "V::load(sums + i * ld_sums + u * V::size)",
+    ),
+    "backward: dW_hh takes h of the same step": (BACKWARD, "walk_.reverse ? begin + B : begin - B", "begin"),
+    "backward: every chunk overwrites the one before": (
+        BACKWARD,
+        "const T beta = first ? T(0) : T(1);",
+        "const T beta = T(0);",
+    ),
+}
+
+
+def build_and_run(tree):
+    """The exit code of the kernel tests of this tree, and what they printed."""
+    tools = Path(sys.executable).parent
+    configure = ["cmake", "-S", tree, "-B", tree / "build", "-G", "Ninja", "-DFASTSEQ_TORCH=OFF"]
+    configure += [
+        f"-DFASTSEQ_ISAS={_C.isa()}",
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
+        f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
+    ]
+    for command in (configure, ["cmake", "--build", tree / "build"]):
+        done = subprocess.run([tools / command[0], *command[1:]], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    done = subprocess.run([tree / "build" / "fastseq_kernel_tests"], capture_output=True, text=True, timeout=900)
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    tree = tmp_path_factory.mktemp("planted")
+    for name in ("csrc", "cmake"):
+        shutil.copytree(ROOT / name, tree / name)
+    shutil.copy(ROOT / "CMakeLists.txt", tree)
+    return tree
+
+
+@pytest.mark.faults
+def test_without_a_fault_all_is_well(tree):
+    code, output = build_and_run(tree)
+    assert code == 0, output[-3000:]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_seen(name, tree):
+    file, old, new = FAULTS[name]
+    text = (tree / file).read_text()
+    (tree / file).write_text(text.replace(old, new))
+    try:
+        code, output = build_and_run(tree)
+    finally:
+        (tree / file).write_text(text)
+    assert code == 1 and " 0 failed" not in output.splitlines()[-1], output[-3000:]
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_can_still_be_planted(name):
+    file, old, new = FAULTS[name]
+    assert (ROOT / file).read_text().count(old) == 1 and old != new
