@@ -66,10 +66,11 @@ struct RnnLayer {
 
 template <class T>
 struct RnnForward : RnnLayer<T> {
-  T* output = nullptr;                 // (N, D*Hout)
-  T* h_n = nullptr;                    // (D, B, Hout) or null
-  T* c_n = nullptr;                    // (D, B, H) or null
-  T* kept[2] = {nullptr, nullptr};     // (N, Cell::kept*H) activations for backward; null: keep nothing
+  T* output = nullptr;              // (N, D*Hout)
+  T* output_copy = nullptr;         // (N, D*Hout) the same for the caller to edit, where backward reads output; or null
+  T* h_n = nullptr;                 // (D, B, Hout) or null
+  T* c_n = nullptr;                 // (D, B, H) or null
+  T* kept[2] = {nullptr, nullptr};  // (N, Cell::kept*H) activations for backward; null: keep nothing
   T* emitted[2] = {nullptr, nullptr};  // (N, H) h before the projection, for backward; null: keep nothing
 };
 

@@ -109,7 +109,7 @@ def test_demo_stops_cleanly(text, tmp_path):
 def test_bench_compares_before_it_times(tmp_path):
     from fastseq.bench import Point, compare, full_grid, markdown
 
-    assert len(full_grid()) == 3 * 3 * 3 * 4 * 2
+    assert len(full_grid()) == 3 * 3 * 3 * 4 * 2 + 3 * 2 * 2
     row = compare(Point("GRU", 5, 2, 16, "training"), rounds=3)
     assert row.ratio > 0 and row.error < 1e-4
     assert "| GRU | 5 | 2 | 16 | training |" in markdown([row])

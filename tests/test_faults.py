@@ -34,8 +34,8 @@ FAULTS = {
     "h_n is the first step's": (FORWARD, "last = walk_.reverse ? 0 : t - 1", "last = 0"),
     "packing drops the last unit of a part panel": (
         PANEL,
-        "if (u < valid) {",
-        "if (u < valid - (valid != Shape::units)) {",
+        "u0 + u < valid ? from",
+        "u0 + u < valid - (valid != Shape::units) ? from",
     ),
     "backward, rnn: the wrong sign in tanh's derivative": (CELLS, "V(1) - h * h", "V(1) + h * h"),
     "backward, lstm: dc does not pass the forget gate": (CELLS, "dc = dc_now * f;", "dc = dc_now;"),
@@ -81,12 +81,14 @@ def tree(tmp_path_factory):
     return tree
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_without_a_fault_all_is_well(tree):
     code, output = build_and_run(tree)
     assert code == 0, output[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_seen(name, tree):

@@ -29,24 +29,53 @@ struct PanelShape {
   static constexpr int64_t panel_numbers(int64_t k) { return k * width; }
 };
 
+// A transposition, a step at a time: of each two rows D apart, the off-diagonal blocks of D by D lanes change places.
+template <int D, class T, int... lane>
+FASTSEQ_INLINE void swap_blocks(Vec<T>* rows, Lanes<lane...> lanes) {
+  constexpr int size = Vec<T>::size;
+  if constexpr (D < size) {
+#pragma GCC unroll 16
+    for (int i = 0; i < size; ++i) {
+      if (i & D) continue;
+      const Vec<T> a = rows[i], b = rows[i + D];
+      rows[i] = shuffle<(lane & D ? size + lane - D : lane)...>(a, b);
+      rows[i + D] = shuffle<(lane & D ? size + lane : lane + D)...>(a, b);
+    }
+    swap_blocks<2 * D>(rows, lanes);
+  }
+}
+
+// to[k][u] = from[u][k] for as many k and u as a vector has lanes.
+template <class T>
+FASTSEQ_INLINE void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_to) {
+  using V = Vec<T>;
+  V rows[V::size];
+#pragma GCC unroll 16
+  for (int i = 0; i < V::size; ++i) rows[i] = V::load(from + i * ld_from);
+  swap_blocks<1>(rows, typename CountLanes<V::size>::type{});
+#pragma GCC unroll 16
+  for (int i = 0; i < V::size; ++i) rows[i].store(to + i * ld_to);
+}
+
 // w is (Gates*n, K) row-major, the product is a W^T: panel j, k, gate g, lane u = w[g*n + j*units + u][k]; zero past n.
 template <class T, int Gates>
 void pack_transposed(const T* w, int64_t n, int64_t k_size, int64_t j, T* panel) {
   using Shape = PanelShape<T, Gates>;
-  constexpr int64_t kStrip = 16;  // k at a time, so that the panel's cache lines are written while they are at hand
+  constexpr int64_t V = Vec<T>::size;
   const int64_t first = j * Shape::units;
   const int64_t valid = n - first < Shape::units ? n - first : Shape::units;
-  for (int64_t k0 = 0; k0 < k_size; k0 += kStrip) {
-    const int64_t k1 = k0 + kStrip < k_size ? k0 + kStrip : k_size;
+  for (int64_t k0 = 0; k0 < k_size; k0 += V) {  // whole cache lines of the panel at a time
+    const int64_t k1 = k0 + V < k_size ? k0 + V : k_size;
     for (int64_t g = 0; g < Gates; ++g) {
-      for (int64_t u = 0; u < Shape::units; ++u) {
-        T* to = panel + g * Shape::units + u;
-        if (u < valid) {
-          const T* row = w + (g * n + first + u) * k_size;
-          for (int64_t k = k0; k < k1; ++k) to[k * Shape::width] = row[k];
-        } else {
-          for (int64_t k = k0; k < k1; ++k) to[k * Shape::width] = T(0);
+      for (int64_t u0 = 0; u0 < Shape::units; u0 += V) {
+        const T* from = w + (g * n + first + u0) * k_size;
+        T* to = panel + g * Shape::units + u0;
+        if (u0 + V <= valid && k0 + V <= k_size) {
+          transpose(from + k0, k_size, to + k0 * Shape::width, Shape::width);
+          continue;
         }
+        for (int64_t u = 0; u < V; ++u)
+          for (int64_t k = k0; k < k1; ++k) to[k * Shape::width + u] = u0 + u < valid ? from[u * k_size + k] : T(0);
       }
     }
   }
@@ -60,8 +89,12 @@ void pack_straight(const T* w, int64_t n, int64_t k_size, int64_t j, T* panel) {
   const int64_t valid = n - first < Shape::units ? n - first : Shape::units;
   for (int64_t k = 0; k < k_size; ++k) {
     T* to = panel + k * Shape::width;
-    __builtin_memcpy(to, w + k * n + first, valid * sizeof(T));
-    for (int64_t u = valid; u < Shape::units; ++u) to[u] = T(0);
+    const T* from = w + k * n + first;
+    if (valid == Shape::units) {
+      __builtin_memcpy(to, from, Shape::units * sizeof(T));  // of a size known here: no call
+    } else {
+      for (int64_t u = 0; u < Shape::units; ++u) to[u] = u < valid ? from[u] : T(0);
+    }
   }
 }
 

@@ -2,11 +2,11 @@
 // streaming the weights once; everything else goes to the GEMM.
 #pragma once
 
-constexpr int64_t kWeightsToShare = 131072;  // numbers to stream before a second thread pays
+constexpr int64_t kWeightsToShare = 65536;  // numbers to stream before a second thread pays
 
-// c[j] = a . b[j], b (n, k): four rows of b at a time, so that their sums run side by side.
+// c[j] (+)= a . b[j], b (n, k): four rows of b at a time, so that their sums run side by side.
 template <class T>
-void dot_rows(const T* a, const T* b, int64_t ldb, int64_t k, Range columns, T* c) {
+void dot_rows(const T* a, const T* b, int64_t ldb, int64_t k, bool accumulate, Range columns, T* c) {
   using V = Vec<T>;
   constexpr int64_t kRows = 4;
   for (int64_t j = columns.begin; j < columns.end; j += kRows) {
@@ -24,7 +24,7 @@ void dot_rows(const T* a, const T* b, int64_t ldb, int64_t k, Range columns, T* 
       for (int64_t r = 0; r < kRows; ++r) sums[r] = fma(x, V::load(row[r] + i, k - i), sums[r]);
     }
     for (int64_t r = 0; r < rows; ++r) {
-      T lanes[V::size], total = T(0);
+      T lanes[V::size], total = accumulate ? c[j + r] : T(0);
       sums[r].store(lanes);
       for (int u = 0; u < V::size; ++u) total += lanes[u];
       c[j + r] = total;
@@ -82,8 +82,7 @@ void multiply(Gemm<T> gemm, int threads, bool transpose_a, bool transpose_b, int
               const T* a, int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {
   const bool accumulate = beta != T(0);
   const bool one_row = m == 1 && !transpose_a, one_term = k == 1 && transpose_a && !transpose_b;
-  if (!(one_row && !(transpose_b && accumulate)) && !one_term)
-    return gemm(transpose_a, transpose_b, m, n, k, a, lda, b, ldb, beta, c, ldc);
+  if (!one_row && !one_term) return gemm(transpose_a, transpose_b, m, n, k, a, lda, b, ldb, beta, c, ldc);
   const int64_t weights = one_row ? n * k : m * n, outputs = one_row ? n : m;
   constexpr int64_t kGrain = 64;  // outputs a thread takes at a time: whole strips
   const int64_t grains = (outputs + kGrain - 1) / kGrain;
@@ -94,7 +93,7 @@ void multiply(Gemm<T> gemm, int threads, bool transpose_a, bool transpose_b, int
     if (one_term) {
       outer(a, b, n, accumulate, mine, c, ldc);
     } else if (transpose_b) {
-      dot_rows(a, b, ldb, k, mine, c);
+      dot_rows(a, b, ldb, k, accumulate, mine, c);
     } else {
       sum_rows(a, k, b, ldb, accumulate, mine, c);
     }

@@ -16,7 +16,7 @@ void column_sums(int threads, const T* a, int64_t lda, int64_t rows, int64_t col
   constexpr int kStrip = 8;
   constexpr int64_t kWidth = kStrip * V::size;
   const int64_t strips = (columns + kWidth - 1) / kWidth;
-  parallel_for(rows * columns >= kUnitsToShare ? threads : 1, strips, [&](int64_t i) {
+  parallel_for(rows * columns >= kNumbersToShare ? threads : 1, strips, [&](int64_t i) {
     const int64_t j0 = i * kWidth, wide = columns - j0 < kWidth ? columns - j0 : kWidth;
     const int vectors = static_cast<int>((wide + V::size - 1) / V::size);
     V totals[kStrip];
@@ -60,11 +60,11 @@ class BackwardDirection {
     const int64_t B = p.schedule.batch;
     const int64_t chunk_rows = (chunk_steps < p.schedule.steps ? chunk_steps : p.schedule.steps) * B;
     dg_.allocate(chunk_rows * ldg_);
-    carry_.allocate(B * hout_);
-    copy_or_zero(carry_.get(), p.d_h_n ? p.d_h_n + d_ * B * hout_ : nullptr, B * hout_);
+    carry_ = p.d_h0 ? p.d_h0 + d_ * B * hout_ : carry_memory_.allocate(B * hout_);
+    copy_or_zero(carry_, p.d_h_n ? p.d_h_n + d_ * B * hout_ : nullptr, B * hout_);
     if (Cell::cell_state) {
-      dc_.allocate(B * H_);
-      copy_or_zero(dc_.get(), p.d_c_n ? p.d_c_n + d_ * B * H_ : nullptr, B * H_);
+      dc_ = p.d_c0 ? p.d_c0 + d_ * B * H_ : dc_memory_.allocate(B * H_);
+      copy_or_zero(dc_, p.d_c_n ? p.d_c_n + d_ * B * H_ : nullptr, B * H_);
     }
     zeros_.zeros(H_ > hout_ ? H_ : hout_);
     if (packed_) panels_.allocate(Shape::blocks(hout_) * Shape::panel_numbers(GH_));
@@ -141,12 +141,6 @@ class BackwardDirection {
     }
   }
 
-  void finish() {
-    const int64_t B = p_->schedule.batch;
-    if (p_->d_h0) memcpy(p_->d_h0 + d_ * B * hout_, carry_.get(), B * hout_ * sizeof(T));
-    if (Cell::cell_state && p_->d_c0) memcpy(p_->d_c0 + d_ * B * H_, dc_.get(), B * H_ * sizeof(T));
-  }
-
  private:
   const T* output_row(int64_t n) const { return p_->output + n * ldo_ + d_ * hout_; }
   T* dg_row(int64_t n) const { return dg_.get() + (n - rows_.begin) * ldg_; }
@@ -158,7 +152,7 @@ class BackwardDirection {
     const int64_t n0 = p_->schedule.offset(t);
     const int64_t j0 = blocks.begin * Shape::units, j1 = blocks.end * Shape::units;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      T* carry = carry_.get() + r * hout_;
+      T* carry = carry_ + r * hout_;
       T* to = d_projected_.get() + (n0 + r - rows_.begin) * hout_;
       const T* d_output = p_->d_output ? p_->d_output + (n0 + r) * ldo_ + d_ * hout_ : zeros_.get();
       for (int64_t j = j0; j < (j1 < hout_ ? j1 : hout_); ++j) {
@@ -195,13 +189,13 @@ class BackwardDirection {
       const T* d_output = p_->d_output ? p_->d_output + (n0 + r) * ldo_ + d_ * hout_ : zeros_.get();
       for (int64_t j = j0; j < (j1 < H_ ? j1 : H_); j += V::size) {
         const int64_t valid = H_ - j;
-        pointwise(r, j, V::load(d_output + j, valid) + V::load(carry_.get() + r * hout_ + j, valid));
+        pointwise(r, j, V::load(d_output + j, valid) + V::load(carry_ + r * hout_ + j, valid));
       }
     });
   }
 
   // Steps that are GEMM calls run on the caller's thread alone: their pointwise part gets a team of its own.
-  int shared_pointwise(int64_t rows) const { return !packed_ && rows * H_ >= kUnitsToShare ? p_->threads : 1; }
+  int shared_pointwise(int64_t rows) const { return !packed_ && rows * GH_ >= kNumbersToShare ? p_->threads : 1; }
 
   // dL/dm = dh W_hr, handed on a vector at a time.
   template <class Use>
@@ -249,12 +243,12 @@ class BackwardDirection {
     if constexpr (Cell::reads_h_prev) before = V::load(h_prev + j, valid);
     if constexpr (Cell::cell_state) {
       c_before = V::load(c_prev + j, valid);
-      dc = V::load(dc_.get() + r * H_ + j, valid);
+      dc = V::load(dc_ + r * H_ + j, valid);
     }
     const V direct = Cell::update_backward(keep, h, before, c_before, dh, dc, dg);
     for (int k = 0; k < Cell::grads; ++k) dg[k].store(dg_row(n) + k * H_ + j, valid);
-    if constexpr (Cell::cell_state) dc.store(dc_.get() + r * H_ + j, valid);
-    if (!p_->proj_size) direct.store(carry_.get() + r * hout_ + j, valid);
+    if constexpr (Cell::cell_state) dc.store(dc_ + r * H_ + j, valid);
+    if (!p_->proj_size) direct.store(carry_ + r * hout_ + j, valid);
   }
 
   void carry_back(int64_t t, Range rows, Range blocks) {
@@ -264,7 +258,7 @@ class BackwardDirection {
       for (const GateRun& run : Cell::hidden_runs)
         multiply(p_->gemm, p_->threads, false, false, count, hout_, run.count * H_,
                  dg + rows.begin * ldg_ + run.plane * H_, ldg_, w_.w_hh + run.gate * H_ * hout_, hout_, T(1),
-                 carry_.get() + rows.begin * hout_, hout_);
+                 carry_ + rows.begin * hout_, hout_);
       return;
     }
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
@@ -275,7 +269,7 @@ class BackwardDirection {
                             for (int u = 0; u < Shape::unit_vectors; ++u) {
                               const int64_t j = block * Shape::units + u * V::size, valid = hout_ - j;
                               if (valid <= 0) break;
-                              T* carry = carry_.get() + (r0 + i) * hout_ + j;
+                              T* carry = carry_ + (r0 + i) * hout_ + j;
                               (V::load(carry, valid) + V::load(sums + i * ld_sums + u * V::size)).store(carry, valid);
                             }
                         });
@@ -328,9 +322,10 @@ class BackwardDirection {
   DirectionWeights<T> w_;
   int64_t H_ = 0, GH_ = 0, hout_ = 0, ldo_ = 0, ldg_ = 0;
   bool packed_ = false;
-  Range rows_{};  // packed rows of the chunk
+  Range rows_{};                        // packed rows of the chunk
+  T *carry_ = nullptr, *dc_ = nullptr;  // (B, Hout), (B, H): where the walk ends, dL/dh0 and dL/dc0
   KPiece hidden_[Cell::runs];
-  Workspace<T> panels_, proj_panels_, dg_, carry_, dc_, d_projected_, d_emitted_, zeros_, h_prev_;
+  Workspace<T> panels_, proj_panels_, dg_, carry_memory_, dc_memory_, d_projected_, d_emitted_, zeros_, h_prev_;
 };
 
 template <class Cell, class T>
@@ -356,5 +351,4 @@ void rnn_backward(const RnnBackward<T>& p) {
       for (int d = 0; d < p.directions; ++d) directions[d].gradients(s1 == T_, dx_from_zero || d == 1);
     }
   }
-  for (int d = 0; d < p.directions; ++d) directions[d].finish();
 }

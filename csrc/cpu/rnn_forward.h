@@ -13,6 +13,8 @@ class ForwardDirection {
   using V = Vec<T>;
   using Hidden = PanelShape<T, Cell::gates>;
   using Projection = PanelShape<T, 1>;
+  // The cell sees gx and gh as their sum alone: a GEMM can add gh to gx.
+  static constexpr bool kOnlyTheSum = Cell::runs == 1 && Cell::grads == Cell::gates;
 
   void prepare(const RnnForward<T>& p, int direction) {
     p_ = &p;
@@ -27,15 +29,16 @@ class ForwardDirection {
     if (packed_) {
       panels_.allocate(Hidden::blocks(H_) * Hidden::panel_numbers(hout_));
       if (p.proj_size) proj_panels_.allocate(Projection::blocks(hout_) * Projection::panel_numbers(H_));
-    } else {
+    } else if (!kOnlyTheSum) {
       gh_.allocate(B * Cell::gates * H_);
     }
     if (Cell::cell_state) {
-      c_.allocate(B * H_);
-      copy_or_zero(c_.get(), p.c0 ? p.c0 + d_ * B * H_ : nullptr, B * H_);
+      c_ = p.c_n ? p.c_n + d_ * B * H_ : c_memory_.allocate(B * H_);
+      copy_or_zero(c_, p.c0 ? p.c0 + d_ * B * H_ : nullptr, B * H_);
     }
-    const int64_t bias_zeros = w_.b_ih && w_.b_hh ? 0 : Cell::gates * H_, state_zeros = p.h0 ? 0 : B * hout_;
-    zeros_.zeros(bias_zeros > state_zeros ? bias_zeros : state_zeros);
+    const bool needs_zeros = !w_.b_ih || !w_.b_hh || (!packed_ && kOnlyTheSum);
+    const int64_t gate_zeros = needs_zeros ? Cell::gates * H_ : 0, state_zeros = p.h0 ? 0 : B * hout_;
+    zeros_.zeros(gate_zeros > state_zeros ? gate_zeros : state_zeros);
     b_ih_ = w_.b_ih ? w_.b_ih : zeros_.get();
     b_hh_ = w_.b_hh ? w_.b_hh : zeros_.get();
     h0_ = p.h0 ? p.h0 + d_ * B * hout_ : zeros_.get();
@@ -99,7 +102,6 @@ class ForwardDirection {
         }
       }
     }
-    if (Cell::cell_state && p_->c_n) memcpy(p_->c_n + d_ * B * H_, c_.get(), B * H_ * sizeof(T));
   }
 
  private:
@@ -135,16 +137,19 @@ class ForwardDirection {
 
   void step_by_gemm(int64_t n0, Range rows, const T* h_prev, int64_t ldh, bool zero_state) {
     const int64_t count = rows.end - rows.begin, GH = Cell::gates * H_;
-    if (zero_state) {
-      memset(gh_.get(), 0, count * GH * sizeof(T));
-    } else {
+    T* gh = kOnlyTheSum ? gx_rows_ + (n0 + rows.begin) * gx_ld_ : gh_.get();
+    const int64_t ld = kOnlyTheSum ? gx_ld_ : GH;
+    if (!zero_state) {
       multiply(p_->gemm, p_->threads, false, true, count, GH, hout_, h_prev + rows.begin * ldh, ldh, w_.w_hh, hout_,
-               T(0), gh_.get(), GH);
+               T(kOnlyTheSum), gh, ld);
+    } else if (!kOnlyTheSum) {
+      memset(gh, 0, count * GH * sizeof(T));
     }
-    const int threads = count * H_ >= kUnitsToShare ? p_->threads : 1;
+    const int threads = count * GH >= kGatesToShare ? p_->threads : 1;
     parallel_for(threads, count, [&](int64_t i) {
       const int64_t r = rows.begin + i;
-      for (int64_t j = 0; j < H_; j += V::size) update(n0 + r, r, j, gh_.get() + i * GH + j, H_, h_prev + r * ldh);
+      for (int64_t j = 0; j < H_; j += V::size)
+        update(n0 + r, r, j, kOnlyTheSum ? zeros_.get() : gh + i * GH + j, H_, h_prev + r * ldh);
     });
   }
 
@@ -166,15 +171,24 @@ class ForwardDirection {
       h[g] = V::load(gh + g * gate_stride, valid) + V::load(b_hh_ + g * H_ + j, valid);
     }
     V c(0), before(0), keep[Cell::kept + 1];
-    if constexpr (Cell::cell_state) c = V::load(c_.get() + r * H_ + j, valid);
+    if constexpr (Cell::cell_state) c = V::load(c_ + r * H_ + j, valid);
     if constexpr (Cell::reads_h_prev) before = V::load(h_prev + j, valid);
     const V now = Cell::update(x, h, before, c, keep);
-    if constexpr (Cell::cell_state) c.store(c_.get() + r * H_ + j, valid);
+    if constexpr (Cell::cell_state) c.store(c_ + r * H_ + j, valid);
     if constexpr (Cell::kept > 0) {
       if (in_place())
         for (int k = 0; k < Cell::kept; ++k) keep[k].store(gx + k * H_, valid);
     }
-    now.store((p_->proj_size ? emitted_row(n, r) : output_row(n)) + j, valid);
+    if (p_->proj_size) {
+      now.store(emitted_row(n, r) + j, valid);
+    } else {
+      store_output(n, j, valid, now);
+    }
+  }
+
+  FASTSEQ_INLINE void store_output(int64_t n, int64_t j, int64_t valid, V h) {
+    h.store(output_row(n) + j, valid);
+    if (p_->output_copy) h.store(p_->output_copy + n * ldo_ + d_ * hout_ + j, valid);
   }
 
   // h = W_hr m, for the rows of one step (Sak et al., 2014).
@@ -183,6 +197,9 @@ class ForwardDirection {
     if (!packed_) {
       multiply(p_->gemm, p_->threads, false, true, rows.end - rows.begin, hout_, H_,
                emitted_row(n0 + rows.begin, rows.begin), H_, w_.w_hr, H_, T(0), output_row(n0 + rows.begin), ldo_);
+      if (p_->output_copy)
+        for (int64_t n = n0 + rows.begin; n < n0 + rows.end; ++n)
+          memcpy(p_->output_copy + n * ldo_ + d_ * hout_, output_row(n), hout_ * sizeof(T));
       return;
     }
     const KPiece k[1] = {{0, H_}};
@@ -194,7 +211,7 @@ class ForwardDirection {
                             for (int u = 0; u < Projection::unit_vectors; ++u) {
                               const int64_t j = block * Projection::units + u * V::size;
                               if (j >= hout_) break;
-                              V::load(sums + i * ld_sums + u * V::size).store(output_row(n0 + r0 + i) + j, hout_ - j);
+                              store_output(n0 + r0 + i, j, hout_ - j, V::load(sums + i * ld_sums + u * V::size));
                             }
                         });
     }
@@ -206,9 +223,9 @@ class ForwardDirection {
   DirectionWeights<T> w_;
   int64_t H_ = 0, hout_ = 0, ldo_ = 0, gx_ld_ = 0;
   bool packed_ = false;
-  Workspace<T> panels_, proj_panels_, gh_, c_, zeros_, emitted_, gx_;
+  Workspace<T> panels_, proj_panels_, gh_, c_memory_, zeros_, emitted_, gx_;
   const T *b_ih_ = nullptr, *b_hh_ = nullptr, *h0_ = nullptr;
-  T* gx_rows_ = nullptr;
+  T *gx_rows_ = nullptr, *c_ = nullptr;
 };
 
 template <class Cell, class T>

@@ -89,6 +89,26 @@ FASTSEQ_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) {
   return a.v / b.v;
 }
 
+// The numbers 0 to N - 1 as a type.
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct CountLanes : CountLanes<N - 1, N - 1, I...> {};
+template <int... I>
+struct CountLanes<0, I...> {
+  using type = Lanes<I...>;
+};
+
+// Lane i is lane from[i] of a and b side by side.
+template <int... from, class T>
+FASTSEQ_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a.v, b.v, from...);
+#else
+  return __builtin_shuffle(a.v, b.v, typename Vec<T>::Bits{from...});
+#endif
+}
+
 // a * b + c, rounded once where the instruction set can.
 FASTSEQ_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)

@@ -96,7 +96,10 @@ RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
   const at::Tensor c_n =
       at::empty(stack.facts.cell_state ? stack.state_sizes(stack.hidden_size) : std::vector<int64_t>{0}, options);
 
-  at::Tensor layer_input = in.x, layer_output;
+  // The reserve keeps an output of its own, so that editing the caller's in place does not disturb backward.
+  const std::vector<int64_t> sizes = stack.output_sizes(a.x);
+  const bool copies = save && !stack.rows.defined();
+  at::Tensor layer_input = in.x, layer_output, output = copies ? at::empty(sizes, options) : at::Tensor();
   for (int64_t layer = 0; layer < L; ++layer) {
     RnnForward<T> p;
     fill_layer(p, stack, in, layer, layer_input);
@@ -112,15 +115,13 @@ RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
       layer_output = at::empty({N, D * stack.out_size}, options);
     }
     p.output = layer_output.mutable_data_ptr<T>();
+    if (copies && layer == L - 1) p.output_copy = output.mutable_data_ptr<T>();
     if (!stack.single_step) p.h_n = layer_state(h_n.mutable_data_ptr<T>(), stack, layer, stack.out_size);
     if (stack.facts.cell_state) p.c_n = layer_state(c_n.mutable_data_ptr<T>(), stack, layer, stack.hidden_size);
     cpu::kernels().typed<T>().rnn_forward[static_cast<int>(stack.cell)](p);
     layer_input = layer < static_cast<int64_t>(in.masks.size()) ? layer_output * in.masks[layer] : layer_output;
   }
-  const std::vector<int64_t> sizes = stack.output_sizes(a.x);
-  // The reserve keeps a copy of its own, so that editing the output in place does not disturb backward.
-  const at::Tensor output =
-      save && !stack.rows.defined() ? layer_output.clone().view(sizes) : stack.from_rows(layer_output, sizes);
+  if (!copies) output = stack.from_rows(layer_output, sizes);
   return {output, stack.from_order(h_n), stack.facts.cell_state ? stack.from_order(c_n) : c_n, reserve};
 }
 

@@ -1,4 +1,4 @@
-"""One point of the benchmark: a layer of torch.nn and ours with the same weights, timed in turns."""
+"""One point of the benchmark: a layer or cell of torch.nn and ours with the same weights, timed in turns."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import torch
 
 import fastseq
 
-CELLS = ("RNN", "GRU", "LSTM")
+LAYERS = ("RNN", "GRU", "LSTM")
+CELLS = ("RNNCell", "GRUCell", "LSTMCell")  # called once a step, in a Python loop
 MODES = ("inference", "training")  # training: forward and backward
 BURST = 0.02  # seconds one side computes before it is the other's turn
 
 
 @dataclass(frozen=True)
 class Point:
-    """What is timed: one layer, I = H, float32."""
+    """What is timed: one layer, or a cell in a loop; I = H, float32."""
 
-    cell: str
+    name: str  # of the class, in fastseq and in torch.nn
     T: int
     B: int
     H: int
@@ -45,16 +46,19 @@ class Row:
         return asdict(self)
 
 
-def quick_grid(cells: tuple[str, ...] = CELLS) -> list[Point]:
-    """Under two minutes: a single row, a few, many."""
-    sizes = [(1, 1, 256), (100, 1, 128), (100, 16, 256), (50, 64, 256)]
-    return [Point(cell, *size, mode) for cell, size, mode in itertools.product(cells, sizes, MODES)]
+def quick_grid(names: tuple[str, ...] = LAYERS + CELLS) -> list[Point]:
+    """Under two minutes: a single row, a few, many; cells in a loop."""
+    return _grid(names, [(1, 1, 256), (100, 1, 128), (100, 16, 256), (50, 64, 256)])
 
 
-def full_grid(cells: tuple[str, ...] = CELLS) -> list[Point]:
-    """T in 1, 100, 512; B in 1, 16, 64; H in 64, 128, 256, 512."""
-    sizes = itertools.product((1, 100, 512), (1, 16, 64), (64, 128, 256, 512))
-    return [Point(cell, *size, mode) for cell, size, mode in itertools.product(cells, sizes, MODES)]
+def full_grid(names: tuple[str, ...] = LAYERS + CELLS) -> list[Point]:
+    """T in 1, 100, 512; B in 1, 16, 64; H in 64, 128, 256, 512; cells in a loop."""
+    return _grid(names, list(itertools.product((1, 100, 512), (1, 16, 64), (64, 128, 256, 512))))
+
+
+def _grid(names: tuple[str, ...], layer_sizes: list[tuple[int, int, int]]) -> list[Point]:
+    sizes = {name: [(50, 1, 256), (50, 64, 256)] if name in CELLS else layer_sizes for name in names}
+    return [Point(name, *size, mode) for name in names for size in sizes[name] for mode in MODES]
 
 
 def compare(point: Point, rounds: int = 7, seconds: float = 30.0) -> Row:
@@ -69,19 +73,28 @@ def compare(point: Point, rounds: int = 7, seconds: float = 30.0) -> Row:
         ArithmeticError: the two sides do not compute the same; nothing is timed then.
     """
     torch.manual_seed(0)
-    theirs = getattr(torch.nn, point.cell)(point.H, point.H)
-    ours = getattr(fastseq, point.cell)(point.H, point.H)
+    theirs = getattr(torch.nn, point.name)(point.H, point.H)
+    ours = getattr(fastseq, point.name)(point.H, point.H)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(point.T, point.B, point.H, requires_grad=point.mode == "training")
     d_output = torch.randn(point.T, point.B, point.H)
 
-    def run(layer: torch.nn.Module) -> torch.Tensor:
+    def output_of(module: torch.nn.Module) -> torch.Tensor:
+        if point.name in LAYERS:
+            return module(x)[0]
+        state, outputs = None, []
+        for x_t in x:
+            state = module(x_t, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs)
+
+    def run(module: torch.nn.Module) -> torch.Tensor:
         if point.mode == "inference":
             with torch.no_grad():
-                return layer(x)[0]
-        output = layer(x)[0]
+                return output_of(module)
+        output = output_of(module)
         x.grad = None
-        layer.zero_grad()
+        module.zero_grad()
         output.backward(d_output)
         return x.grad
 
@@ -94,16 +107,16 @@ def compare(point: Point, rounds: int = 7, seconds: float = 30.0) -> Row:
     samples: dict[str, list[float]] = {"torch": [], "fastseq": []}
     for i in range(rounds):
         sides = [("torch", theirs), ("fastseq", ours)]
-        for name, layer in sides if i % 2 == 0 else reversed(sides):
-            samples[name].append(_seconds(run, layer, repeats) / repeats * 1e3)
+        for name, module in sides if i % 2 == 0 else reversed(sides):
+            samples[name].append(_seconds(run, module, repeats) / repeats * 1e3)
     ratios = [a / b for a, b in zip(samples["torch"], samples["fastseq"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
     torch_ms, fastseq_ms = (statistics.median(samples[name]) for name in ("torch", "fastseq"))
     return Row(point, torch_ms, fastseq_ms, torch_ms / fastseq_ms, low, high, difference)
 
 
-def _seconds(run: Callable[[torch.nn.Module], object], layer: torch.nn.Module, repeats: int) -> float:
+def _seconds(run: Callable[[torch.nn.Module], object], module: torch.nn.Module, repeats: int) -> float:
     begin = time.perf_counter()
     for _ in range(repeats):
-        run(layer)
+        run(module)
     return time.perf_counter() - begin
