@@ -143,10 +143,11 @@ def _rnn_forward_fake(
     saved = P + _C.cells()[cell]["kept"] * H + (H if projected else 0)
     reserve = x.new_empty(math.prod(x.shape[:-1]) * groups * saved if save else 0)
     nothing = x.new_empty(0)
+    has_cell_state = _C.cells()[cell]["states"] == 2
 
     if x.dim() == 2 and batch_sizes is None:
         B = x.shape[0]
-        return x.new_empty(B, P), nothing, x.new_empty(B, H) if cell == "lstm" else x.new_empty(0), reserve
+        return x.new_empty(B, P), nothing, x.new_empty(B, H) if has_cell_state else x.new_empty(0), reserve
     if batch_sizes is None:
         B = x.shape[1]
     elif hx is not None:
@@ -155,7 +156,7 @@ def _rnn_forward_fake(
         B = torch.library.get_ctx().new_dynamic_size()
     output = x.new_empty(*x.shape[:-1], directions * P)
     h_n = x.new_empty(groups, B, P)
-    return output, h_n, x.new_empty(groups, B, H) if cell == "lstm" else nothing, reserve
+    return output, h_n, x.new_empty(groups, B, H) if has_cell_state else nothing, reserve
 
 
 @torch.library.register_fake("fastseq::rnn_backward")

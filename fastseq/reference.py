@@ -66,6 +66,7 @@ CELLS: dict[str, Callable[..., State]] = {
     "lstm": lstm_cell,
     "gru": gru_cell,
 }
+HAS_CELL_STATE = {"lstm"}
 
 
 def rnn(
@@ -119,7 +120,7 @@ def rnn(
             raise ValueError("a 2-D x is one step of one layer: no layers, directions, masks or lengths go with it")
         hx, cx = (s if s is None else s.unsqueeze(0) for s in (hx, cx))
         output, _, c_n = rnn(cell, x.unsqueeze(0), hx, cx, weights, **options)
-        return output.squeeze(0), x.new_zeros(0), c_n.squeeze(0) if cell == "lstm" else c_n
+        return output.squeeze(0), x.new_zeros(0), c_n.squeeze(0) if cell in HAS_CELL_STATE else c_n
 
     directions = 2 if bidirectional else 1
     stack = _split_weights(cell, weights, num_layers * directions, bias)
@@ -257,8 +258,8 @@ def _split_weights(cell: str, weights: Sequence[Tensor], count: int, bias: bool)
     biases = 2 if bias else 0
     size, rest = divmod(len(weights), count)
     projected = size == 3 + biases
-    if rest or size not in (2 + biases, 3 + biases) or (projected and cell != "lstm"):
-        expected = f"{2 + biases}" + (f", or {3 + biases} with a projection," if cell == "lstm" else "")
+    if rest or size not in (2 + biases, 3 + biases) or (projected and cell not in HAS_CELL_STATE):
+        expected = f"{2 + biases}" + (f", or {3 + biases} with a projection," if cell in HAS_CELL_STATE else "")
         raise ValueError(f"expected {expected} weights for each of {count} layers and directions; got {len(weights)}")
     groups = [list(weights[k * size : (k + 1) * size]) for k in range(count)]
     return [LayerWeights(*g[:2], *(g[2:4] if bias else (None, None)), g[-1] if projected else None) for g in groups]
@@ -268,7 +269,7 @@ def _initial_states(
     cell: str, x: Tensor, hx: Tensor | None, cx: Tensor | None, stack: Sequence[LayerWeights]
 ) -> list[State]:
     """The state before the first step, for each layer and direction."""
-    if cx is not None and cell != "lstm":
+    if cx is not None and cell not in HAS_CELL_STATE:
         raise ValueError(f"only the LSTM has a cell state; got cx for {cell}")
 
     def initial(name: str, given: Tensor | None, size: int) -> Tensor:
@@ -279,7 +280,7 @@ def _initial_states(
 
     P = stack[0].w_hh.shape[1]
     h = initial("hx", hx, P)
-    if cell != "lstm":
+    if cell not in HAS_CELL_STATE:
         return [(h_k,) for h_k in h]
     H = P if stack[0].w_hr is None else stack[0].w_hr.shape[1]
     return list(zip(h, initial("cx", cx, H), strict=True))

@@ -32,32 +32,38 @@ void dot_rows(const T* a, const T* b, int64_t ldb, int64_t k, bool accumulate, R
   }
 }
 
-// c[j] (+)= sum_i a[i] b[i][j], b (k, n): strips of columns that stay in registers while the rows of b go by.
+// c[j] (+)= sum_i a[i] b[i][j], b (k, n), in chains of kChain: strips of columns that stay in registers while the rows
+// of b go by.
 template <class T>
 void sum_rows(const T* a, int64_t k, const T* b, int64_t ldb, bool accumulate, Range columns, T* c) {
   using V = Vec<T>;
   constexpr int kStrip = 8;
   for (int64_t j0 = columns.begin; j0 < columns.end; j0 += kStrip * V::size) {
     const int64_t wide = columns.end - j0;
-    V sums[kStrip];
-    if (wide >= kStrip * V::size) {
+    const int vectors = wide < kStrip * V::size ? static_cast<int>((wide + V::size - 1) / V::size) : kStrip;
+    bool add = accumulate;
+    int64_t i = 0;
+    do {  // once for an empty sum
+      const int64_t end = k - i < kChain ? k : i + kChain;
+      V sums[kStrip] = {V(0), V(0), V(0), V(0), V(0), V(0), V(0), V(0)};
+      if (wide >= kStrip * V::size) {
+        for (; i < end; ++i) {
+          const V x = V::broadcast(a[i]);
 #pragma GCC unroll 8
-      for (int s = 0; s < kStrip; ++s) sums[s] = accumulate ? V::load(c + j0 + s * V::size) : V(0);
-      for (int64_t i = 0; i < k; ++i) {
-        const V x = V::broadcast(a[i]);
-#pragma GCC unroll 8
-        for (int s = 0; s < kStrip; ++s) sums[s] = fma(x, V::load(b + i * ldb + j0 + s * V::size), sums[s]);
+          for (int s = 0; s < kStrip; ++s) sums[s] = fma(x, V::load(b + i * ldb + j0 + s * V::size), sums[s]);
+        }
+      } else {
+        for (; i < end; ++i)
+          for (int s = 0; s < vectors; ++s)
+            sums[s] = fma(V::broadcast(a[i]), V::load(b + i * ldb + j0 + s * V::size, wide - s * V::size), sums[s]);
       }
-#pragma GCC unroll 8
-      for (int s = 0; s < kStrip; ++s) sums[s].store(c + j0 + s * V::size);
-      continue;
-    }
-    for (int64_t j = j0; j < columns.end; j += V::size) {
-      const int64_t valid = columns.end - j;
-      V sum = accumulate ? V::load(c + j, valid) : V(0);
-      for (int64_t i = 0; i < k; ++i) sum = fma(V::broadcast(a[i]), V::load(b + i * ldb + j, valid), sum);
-      sum.store(c + j, valid);
-    }
+      for (int s = 0; s < vectors; ++s) {
+        T* to = c + j0 + s * V::size;
+        const int64_t valid = wide - s * V::size;
+        (add ? V::load(to, valid) + sums[s] : sums[s]).store(to, valid);
+      }
+      add = true;
+    } while (i < k);
   }
 }
 

@@ -61,7 +61,7 @@ def _grid(names: tuple[str, ...], layer_sizes: list[tuple[int, int, int]]) -> li
     return [Point(name, *size, mode) for name in names for size in sizes[name] for mode in MODES]
 
 
-def compare(point: Point, rounds: int = 7, seconds: float = 30.0) -> Row:
+def compare(point: Point, rounds: int = 11, seconds: float = 30.0) -> Row:
     """Times a point.
 
     Args:

@@ -18,7 +18,9 @@ from fastseq.cli.progress import progress_bar
 
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(LAYERS + CELLS), help="Only this class; may be repeated.")
-@click.option("--full", is_flag=True, help="The whole grid of T, B and H: about half an hour.")
+@click.option(
+    "--full", is_flag=True, help="The whole grid of T, B and H: a quarter of an hour, or more on a slow machine."
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of both sides; torch's default otherwise.")
 @click.option("--json", "json_path", callback=output_file, help="Also write all figures and the machine to this file.")
 @click.option("--markdown", "markdown_path", callback=output_file, help="Also write the table to this file.")

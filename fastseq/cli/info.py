@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import re
+from pathlib import Path
 
 import click
 import torch
@@ -18,6 +20,7 @@ def facts() -> dict[str, str]:
         "torch": f"{torch.__version__} (built against {build['torch']})",
         "Python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
         "compiler": build["compiler"],
         "build": f"{build['build_type']}: {build['flags']}",
         "instruction set": f"{_load._C.isa()} (of {', '.join(_load._C.available_isas())}; FASTSEQ_ISA forces one)",
@@ -25,6 +28,16 @@ def facts() -> dict[str, str]:
         "cells": ", ".join(_load._C.cells()),
         "CUDA": f"{'yes' if cuda['built'] else 'no'}: {cuda['why']}",
     }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    fields = [re.search(rf"^{name}\s*: *(.+)$", text, re.M) for name in ("model name", "cpu family", "model")]
+    if not all(fields):
+        return platform.processor() or "unknown"
+    name, family, model = (field.group(1) for field in fields)
+    return f"{name} (family {family}, model {model})"
 
 
 @click.command()
