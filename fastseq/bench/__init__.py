@@ -5,6 +5,6 @@ checked to be equal before anything is timed.
 """
 
 from fastseq.bench.compare import MODES, Point, Row, compare, full_grid, quick_grid
-from fastseq.bench.table import markdown
+from fastseq.bench.table import markdown, ratio_table
 
-__all__ = ["MODES", "Point", "Row", "compare", "full_grid", "markdown", "quick_grid"]
+__all__ = ["MODES", "Point", "Row", "compare", "full_grid", "markdown", "quick_grid", "ratio_table"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import torch
 
-from fastseq.bench import compare, full_grid, markdown, quick_grid
+from fastseq.bench import compare, full_grid, markdown, quick_grid, ratio_table
 from fastseq.bench.compare import CELLS, LAYERS
 from fastseq.cli.info import facts
 from fastseq.cli.output import output_file, write
@@ -18,12 +18,15 @@ from fastseq.cli.progress import progress_bar
 
 @click.command()
 @click.option("--only", multiple=True, type=click.Choice(LAYERS + CELLS), help="Only this class; may be repeated.")
-@click.option(
-    "--full", is_flag=True, help="The whole grid of T, B and H: a quarter of an hour, or more on a slow machine."
-)
+@click.option("--full", is_flag=True, help="The whole grid of T, B and H: ten minutes to half an hour.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of both sides; torch's default otherwise.")
 @click.option("--json", "json_path", callback=output_file, help="Also write all figures and the machine to this file.")
-@click.option("--markdown", "markdown_path", callback=output_file, help="Also write the table to this file.")
+@click.option(
+    "--markdown",
+    "markdown_path",
+    callback=output_file,
+    help="Also write the table, and the ratios alone, to this file.",
+)
 def bench(
     only: tuple[str, ...], full: bool, threads: int | None, json_path: Path | None, markdown_path: Path | None
 ) -> None:
@@ -55,4 +58,4 @@ def bench(
     if json_path:
         write(json_path, json.dumps({"host": facts(), "rows": [row.as_dict() for row in rows]}, indent=1))
     if markdown_path:
-        write(markdown_path, table + "\n")
+        write(markdown_path, f"{ratio_table(rows)}\n\n{table}\n")
