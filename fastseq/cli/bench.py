@@ -25,7 +25,7 @@ from fastseq.cli.progress import progress_bar
     "--markdown",
     "markdown_path",
     callback=output_file,
-    help="Also write the table, and the ratios alone, to this file.",
+    help="Also write the tables to this file.",
 )
 def bench(
     only: tuple[str, ...], full: bool, threads: int | None, json_path: Path | None, markdown_path: Path | None
