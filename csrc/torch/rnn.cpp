@@ -31,6 +31,12 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
   }
 }
 
+// The kernels run serially in a forked child, whose OpenMP threads did not survive; torch's GEMM would wait for them
+// for ever. As DataLoader in its workers, this leaves the child with one thread.
+void one_thread_in_a_forked_child() {
+  if (cpu::in_forked_child() && at::get_num_threads() > 1) at::set_num_threads(1);
+}
+
 template <class T>
 const T* pointer(const at::Tensor& t) {
   return t.defined() ? t.const_data_ptr<T>() : nullptr;
@@ -216,6 +222,7 @@ RnnOutputs rnn_forward_cpu(std::string cell, const at::Tensor& x, const Optional
                            at::TensorList weights, at::TensorList dropout_masks, const OptionalTensor& lengths,
                            const OptionalTensor& batch_sizes, int64_t num_layers, bool bidirectional, bool bias,
                            bool save) {
+  one_thread_in_a_forked_child();
   const RnnArguments a{cell, x, hx, cx, weights, dropout_masks, lengths, batch_sizes, num_layers, bidirectional, bias};
   const RnnStack stack(a);
   const bool f32 = x.scalar_type() == at::kFloat;
@@ -228,6 +235,7 @@ std::vector<at::Tensor> rnn_backward_cpu(
     const at::Tensor& x, const OptionalTensor& hx, const OptionalTensor& cx, at::TensorList weights,
     at::TensorList dropout_masks, const OptionalTensor& lengths, const OptionalTensor& batch_sizes, int64_t num_layers,
     bool bidirectional, bool bias, const at::Tensor& reserve, c10::List<bool> needs_list) {
+  one_thread_in_a_forked_child();
   const RnnArguments a{cell, x, hx, cx, weights, dropout_masks, lengths, batch_sizes, num_layers, bidirectional, bias};
   const RnnStack stack(a);
   const std::vector<bool> needs(needs_list.begin(), needs_list.end());
