@@ -195,7 +195,7 @@ class BackwardDirection {
   }
 
   // Steps that are GEMM calls run on the caller's thread alone: their pointwise part gets a team of its own.
-  int shared_pointwise(int64_t rows) const { return !packed_ && rows * GH_ >= kNumbersToShare ? p_->threads : 1; }
+  int shared_pointwise(int64_t rows) const { return !packed_ && rows * GH_ >= kGatesToShare ? p_->threads : 1; }
 
   // dL/dm = dh W_hr, handed on a vector at a time.
   template <class Use>

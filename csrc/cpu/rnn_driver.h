@@ -5,7 +5,7 @@
 constexpr int64_t kStepsToPack = 8;           // packing costs a few steps: a shorter sequence calls the GEMM each step
 constexpr int64_t kWorkToShareUnits = 45000;  // a step of fewer multiplications is done before a barrier is
 constexpr int64_t kRowsToShareRows = 6;       // rows a thread needs to be worth its own pass over the weights
-constexpr int64_t kGatesToShare = 32768;      // activations worth starting a team for
+constexpr int64_t kGatesToShare = 16384;      // activations worth starting a team for
 constexpr int64_t kNumbersToShare = 131072;   // numbers to add or multiply, likewise
 // More weights than a core's own cache holds, and few rows to make up for reading them: each thread reads its share of
 // them at a step, rather than all of them for its rows.

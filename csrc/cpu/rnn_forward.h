@@ -43,7 +43,7 @@ class ForwardDirection {
     b_hh_ = w_.b_hh ? w_.b_hh : zeros_.get();
     h0_ = p.h0 ? p.h0 + d_ * B * hout_ : zeros_.get();
     if (p.proj_size && !p.emitted[d_]) emitted_.allocate(B * H_);
-    gx_ld_ = in_place() ? Cell::kept * H_ : Cell::gates * H_;
+    gx_ld_ = in_output() ? ldo_ : in_kept() ? Cell::kept * H_ : Cell::gates * H_;
   }
 
   int64_t panels() const { return packed_ ? Hidden::blocks(H_) + projection_blocks() : 0; }
@@ -59,12 +59,12 @@ class ForwardDirection {
   }
 
   void reserve_gx(int64_t chunk_rows) {
-    if (!in_place()) gx_.allocate(chunk_rows * Cell::gates * H_);
+    if (!in_output() && !in_kept()) gx_.allocate(chunk_rows * Cell::gates * H_);
   }
   // gx of steps [s0, s1), without the bias.
   void project_input(int64_t s0, int64_t s1) {
     const Range rows = walk_.packed_rows(s0, s1);
-    gx_rows_ = in_place() ? p_->kept[d_] : gx_.get() - rows.begin * gx_ld_;
+    gx_rows_ = in_output() ? p_->output + d_ * hout_ : in_kept() ? p_->kept[d_] : gx_.get() - rows.begin * gx_ld_;
     const int64_t I = p_->input_size;
     multiply(p_->gemm, p_->threads, false, true, rows.end - rows.begin, Cell::gates * H_, I, p_->x + rows.begin * I, I,
              w_.w_ih, I, T(0), gx_rows_ + rows.begin * gx_ld_, gx_ld_);
@@ -105,7 +105,9 @@ class ForwardDirection {
   }
 
  private:
-  bool in_place() const { return Cell::kept > 0 && p_->kept[d_]; }  // activations overwrite gx
+  // Where gx takes no memory of its own: what comes of it overwrites it.
+  bool in_output() const { return Cell::gates == 1 && Cell::kept == 0 && !p_->proj_size; }
+  bool in_kept() const { return Cell::kept > 0 && p_->kept[d_]; }
   T* output_row(int64_t n) const { return p_->output + n * ldo_ + d_ * hout_; }
   T* emitted_row(int64_t n, int64_t r) const {
     return p_->emitted[d_] ? p_->emitted[d_] + n * H_ : emitted_.get() + r * H_;
@@ -176,7 +178,7 @@ class ForwardDirection {
     const V now = Cell::update(x, h, before, c, keep);
     if constexpr (Cell::cell_state) c.store(c_ + r * H_ + j, valid);
     if constexpr (Cell::kept > 0) {
-      if (in_place())
+      if (in_kept())
         for (int k = 0; k < Cell::kept; ++k) keep[k].store(gx + k * H_, valid);
     }
     if (p_->proj_size) {
