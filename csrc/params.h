@@ -9,11 +9,6 @@
 
 namespace fastseq {
 
-// C (m,n) = op(A) (m,k) * op(B) (k,n) + beta * C, all row-major; op transposes when its flag is set.
-template <class T>
-using Gemm = void (*)(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda,
-                      const T* b, int64_t ldb, T beta, T* c, int64_t ldc);
-
 // Which rows are alive at a step. Rows are sorted by length, longest first, so the rows alive at step t are the first
 // rows(t) ones, and the data of all steps lie one after another without padding (torch's PackedSequence). This is the
 // one ragged mechanism: a dense batch is the case where every step has B rows and the tables are absent.
@@ -22,10 +17,13 @@ struct Schedule {
   int64_t batch = 0;                     // B
   const int64_t* batch_sizes = nullptr;  // (T,) non-increasing; null when dense
   const int64_t* offsets = nullptr;      // (T+1,) running sum of batch_sizes; null when dense
+  int64_t padded_steps = 0;              // T of the caller's padded batch, where no row may be that long
 
   int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
   int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
   int64_t total_rows() const { return offset(steps); }
+  // What the order of sums may depend on: not on how long the other rows are.
+  int64_t nominal_steps() const { return padded_steps > steps ? padded_steps : steps; }
 };
 
 template <class T>
@@ -58,7 +56,6 @@ struct RnnLayer {
   const T* x = nullptr;   // (N, I)
   const T* h0 = nullptr;  // (D, B, Hout) or null for zeros
   const T* c0 = nullptr;  // (D, B, H) or null for zeros
-  Gemm<T> gemm = nullptr;
   int threads = 1;
 
   int64_t out_size() const { return proj_size ? proj_size : hidden_size; }

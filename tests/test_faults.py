@@ -14,6 +14,7 @@ from fastseq import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS, DRIVER, PANEL = "csrc/cells.h", "csrc/cpu/rnn_driver.h", "csrc/cpu/panel.h"
+GEMM, DIRECT = "csrc/cpu/gemm.h", "csrc/cpu/direct.h"
 FORWARD, BACKWARD = "csrc/cpu/rnn_forward.h", "csrc/cpu/rnn_backward.h"
 
 # name: file, what is there once, what it becomes
@@ -44,15 +45,19 @@ FAULTS = {
     "backward, gru: W_hh of n gets gx's gradient": (CELLS, "{{0, 0, 2}, {3, 2, 1}}", "{{0, 0, 2}, {2, 2, 1}}"),
     "backward: the carry forgets what was in it": (
         BACKWARD,
-        "(V::load(carry, valid) + V::load(sums + i * ld_sums + u * V::size))",
-        "V::load(sums + i * ld_sums + u * V::size)",
+        "(V::load(carry, valid) + sum).store",
+        "sum.store",
     ),
     "backward: dW_hh takes h of the same step": (BACKWARD, "walk_.reverse ? begin + B : begin - B", "begin"),
-    "backward: every chunk overwrites the one before": (
-        BACKWARD,
-        "const T beta = first ? T(0) : T(1);",
-        "const T beta = T(0);",
+    "backward: every chunk overwrites the one before": (BACKWARD, "!first, out.w_ih, I)", "false, out.w_ih, I)"),
+    "gemm: a later block of K overwrites the first": (GEMM, "accumulate || k0 > 0, c, ldc);", "accumulate, c, ldc);"),
+    "gemm: shorter blocks move their panels together": (
+        GEMM,
+        "block + j * panel_stride",
+        "block + j * Shape::panel_numbers(k_size)",
     ),
+    "gemm: nobody waits for the others' panels": (GEMM, "if (share_rows) barrier.wait(team);", ""),
+    "direct: the last numbers of a sum are left out": (DIRECT, "if (k < k_size) add(k, k_size - k);", ""),
 }
 
 

@@ -57,9 +57,10 @@ FASTSEQ_INLINE void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_
   for (int i = 0; i < V::size; ++i) rows[i].store(to + i * ld_to);
 }
 
-// w is (Gates*n, K) row-major, the product is a W^T: panel j, k, gate g, lane u = w[g*n + j*units + u][k]; zero past n.
+// w is (Gates*n, K) row-major, ld numbers between rows, the product is a W^T: panel j, k, gate g, lane u =
+// w[g*n + j*units + u][k]; zero past n.
 template <class T, int Gates>
-void pack_transposed(const T* w, int64_t n, int64_t k_size, int64_t j, T* panel) {
+void pack_transposed(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j, T* panel) {
   using Shape = PanelShape<T, Gates>;
   constexpr int64_t V = Vec<T>::size;
   const int64_t first = j * Shape::units;
@@ -68,28 +69,29 @@ void pack_transposed(const T* w, int64_t n, int64_t k_size, int64_t j, T* panel)
     const int64_t k1 = k0 + V < k_size ? k0 + V : k_size;
     for (int64_t g = 0; g < Gates; ++g) {
       for (int64_t u0 = 0; u0 < Shape::units; u0 += V) {
-        const T* from = w + (g * n + first + u0) * k_size;
+        const T* from = w + (g * n + first + u0) * ld;
         T* to = panel + g * Shape::units + u0;
         if (u0 + V <= valid && k0 + V <= k_size) {
-          transpose(from + k0, k_size, to + k0 * Shape::width, Shape::width);
+          transpose(from + k0, ld, to + k0 * Shape::width, Shape::width);
           continue;
         }
         for (int64_t u = 0; u < V; ++u)
-          for (int64_t k = k0; k < k1; ++k) to[k * Shape::width + u] = u0 + u < valid ? from[u * k_size + k] : T(0);
+          for (int64_t k = k0; k < k1; ++k) to[k * Shape::width + u] = u0 + u < valid ? from[u * ld + k] : T(0);
       }
     }
   }
 }
 
-// w is (K, n) row-major, the product is a W: panel j, k, lane u = w[k][j*units + u]; zero past n.
+// w is (K, n) row-major, ld numbers between rows, the product is a W: panel j, k, lane u = w[k][j*units + u]; zero
+// past n.
 template <class T>
-void pack_straight(const T* w, int64_t n, int64_t k_size, int64_t j, T* panel) {
+void pack_straight(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j, T* panel) {
   using Shape = PanelShape<T, 1>;
   const int64_t first = j * Shape::units;
   const int64_t valid = n - first < Shape::units ? n - first : Shape::units;
   for (int64_t k = 0; k < k_size; ++k) {
     T* to = panel + k * Shape::width;
-    const T* from = w + k * n + first;
+    const T* from = w + k * ld + first;
     if (valid == Shape::units) {
       __builtin_memcpy(to, from, Shape::units * sizeof(T));  // of a size known here: no call
     } else {
@@ -98,13 +100,13 @@ void pack_straight(const T* w, int64_t n, int64_t k_size, int64_t j, T* panel) {
   }
 }
 
-// sums[m][nb][NV*V] (+)= a[m][0..k) . panel nb, for MR rows and NB panels side by side. NB > 1 gives a single row
-// enough independent chains to hide the latency of the fused multiply-add.
+// sums[m][nb][NV*V] (+)= a[m][0..k) . panel nb, for MR rows and NB panels side by side: one chain. NB > 1 gives a
+// single row enough independent sums to hide the latency of the fused multiply-add. a[m][k] is at a[m * lda + k * a_k],
+// the vectors of the panel for k at panel + k * panel_k.
 template <int MR, int NV, int NB, class T>
-FASTSEQ_INLINE void tile(const T* a, int64_t lda, const T* panel, int64_t panel_stride, int64_t k_size, T* sums,
-                         bool accumulate) {
+FASTSEQ_INLINE void tile(const T* a, int64_t lda, int64_t a_k, const T* panel, int64_t panel_k, int64_t panel_stride,
+                         int64_t k_size, T* sums, int64_t ld_sums, bool accumulate) {
   using V = Vec<T>;
-  constexpr int width = NV * V::size;
   V c[MR][NB * NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
@@ -114,10 +116,10 @@ FASTSEQ_INLINE void tile(const T* a, int64_t lda, const T* panel, int64_t panel_
     if constexpr (MR < NV) {  // fewer rows than vectors: the rows' broadcasts stay in registers, the weights stream
       V b[MR];
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) b[m] = V::broadcast(a[m * lda + k]);
+      for (int m = 0; m < MR; ++m) b[m] = V::broadcast(a[m * lda + k * a_k]);
 #pragma GCC unroll 16
       for (int i = 0; i < NB * NV; ++i) {
-        const V w = V::load(panel + (i / NV) * panel_stride + k * width + (i % NV) * V::size);
+        const V w = V::load(panel + (i / NV) * panel_stride + k * panel_k + (i % NV) * V::size);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) c[m][i] = fma(b[m], w, c[m][i]);
       }
@@ -125,10 +127,10 @@ FASTSEQ_INLINE void tile(const T* a, int64_t lda, const T* panel, int64_t panel_
       V w[NB * NV];
 #pragma GCC unroll 16
       for (int i = 0; i < NB * NV; ++i)
-        w[i] = V::load(panel + (i / NV) * panel_stride + k * width + (i % NV) * V::size);
+        w[i] = V::load(panel + (i / NV) * panel_stride + k * panel_k + (i % NV) * V::size);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        const V b = V::broadcast(a[m * lda + k]);
+        const V b = V::broadcast(a[m * lda + k * a_k]);
 #pragma GCC unroll 16
         for (int i = 0; i < NB * NV; ++i) c[m][i] = fma(b, w[i], c[m][i]);
       }
@@ -138,18 +140,9 @@ FASTSEQ_INLINE void tile(const T* a, int64_t lda, const T* panel, int64_t panel_
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 16
     for (int i = 0; i < NB * NV; ++i) {
-      T* to = sums + m * (NB * width) + i * V::size;
+      T* to = sums + m * ld_sums + i * V::size;
       (accumulate ? V::load(to) + c[m][i] : c[m][i]).store(to);
     }
-  }
-}
-
-template <int MR, int NV, class T>
-FASTSEQ_INLINE void tile_remainder(int64_t rows, const T* a, int64_t lda, const T* panel, int64_t k_size, T* sums,
-                                   bool accumulate) {
-  if constexpr (MR > 0) {
-    if (rows == MR) return tile<MR, NV, 1>(a, lda, panel, 0, k_size, sums, accumulate);
-    tile_remainder<MR - 1, NV>(rows, a, lda, panel, k_size, sums, accumulate);
   }
 }
 
@@ -158,11 +151,20 @@ struct KPiece {
   int64_t column, size;
 };
 
+template <int MR, int NV, class T>
+FASTSEQ_INLINE void tile_remainder(int64_t rows, const T* a, int64_t lda, const T* panel, int64_t panel_k,
+                                   int64_t k_size, T* sums, bool accumulate) {
+  if constexpr (MR > 0) {
+    if (rows == MR) return tile<MR, NV, 1>(a, lda, 1, panel, panel_k, 0, k_size, sums, NV * Vec<T>::size, accumulate);
+    tile_remainder<MR - 1, NV>(rows, a, lda, panel, panel_k, k_size, sums, accumulate);
+  }
+}
+
 // sums[rows][NB][NV*V] = a . panels, rows <= kRowBlock. a's columns come in pieces that follow one another in the
 // panel.
 template <int NV, int NB, class T>
 void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, const T* panel,
-                   int64_t panel_stride, T* sums) {
+                   int64_t panel_k, int64_t panel_stride, T* sums) {
   constexpr int width = NV * Vec<T>::size;
   constexpr int MR = tile_rows(NV);
   bool accumulate = false;
@@ -171,39 +173,17 @@ void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, 
       const int64_t k_size = pieces[p].size - k0 < kChain ? pieces[p].size - k0 : kChain;
       const T* columns = a + pieces[p].column + k0;
       if constexpr (NB > 1) {
-        tile<1, NV, NB>(columns, lda, panel, panel_stride, k_size, sums, accumulate);
+        tile<1, NV, NB>(columns, lda, 1, panel, panel_k, panel_stride, k_size, sums, NB * width, accumulate);
       } else {
         int64_t r = 0;
         for (; r + MR <= rows; r += MR)
-          tile<MR, NV, 1>(columns + r * lda, lda, panel, 0, k_size, sums + r * width, accumulate);
-        tile_remainder<MR - 1, NV>(rows - r, columns + r * lda, lda, panel, k_size, sums + r * width, accumulate);
+          tile<MR, NV, 1>(columns + r * lda, lda, 1, panel, panel_k, 0, k_size, sums + r * width, width, accumulate);
+        tile_remainder<MR - 1, NV>(
+            rows - r, columns + r * lda, lda, panel, panel_k, k_size, sums + r * width, accumulate);
       }
       accumulate = true;
-      panel += k_size * width;
+      panel += k_size * panel_k;
     }
   }
   if (!accumulate) memset(sums, 0, rows * NB * width * sizeof(T));  // an empty sum
-}
-
-// For every block of units in [block0, block1): rows of a times its panel, handed to
-// use(block, rows' sums, numbers between two rows' sums).
-template <int Gates, class T, class Use>
-FASTSEQ_INLINE void for_each_block(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
-                                   const T* panels, int64_t k_size, int64_t block0, int64_t block1, const Use& use) {
-  using Shape = PanelShape<T, Gates>;
-  constexpr int NV = Shape::vectors;
-  constexpr int NB = 8 / NV;  // panels side by side for a single row
-  const int64_t stride = Shape::panel_numbers(k_size);
-  alignas(64) T sums[kRowBlock * Shape::width];
-  int64_t j = block0;
-  if (rows == 1 && NB > 1) {
-    for (; j + NB <= block1; j += NB) {
-      panel_product<NV, NB>(a, lda, 1, pieces, pieces_n, panels + j * stride, stride, sums);
-      for (int i = 0; i < NB; ++i) use(j + i, sums + i * Shape::width, Shape::width);
-    }
-  }
-  for (; j < block1; ++j) {
-    panel_product<NV, 1>(a, lda, rows, pieces, pieces_n, panels + j * stride, stride, sums);
-    use(j, sums, Shape::width);
-  }
 }

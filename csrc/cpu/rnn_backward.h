@@ -2,7 +2,7 @@
 //
 //   for each chunk of steps, last first:
 //     for each step, last first:  dh = d_output + carry;  dg = Cell::update_backward;  carry += dgh W_hh
-//     dx = dgx W_ih;  dW_ih += dgx^T x;  dW_hh += dgh^T h_prev;  db += column sums; one GEMM or reduction each
+//     dx = dgx W_ih;  dW_ih += dgx^T x;  dW_hh += dgh^T h_prev;  db += column sums; one product or reduction each
 //
 // carry is dL/dh of a row's earlier step; at the end of the walk it is dL/dh0. A row that is not alive yet holds
 // dL/dh_n.
@@ -56,7 +56,6 @@ class BackwardDirection {
     hout_ = p.out_size();
     ldo_ = p.directions * hout_;
     ldg_ = Cell::grads * H_;
-    packed_ = p.schedule.steps >= kStepsToPack;
     const int64_t B = p.schedule.batch;
     const int64_t chunk_rows = (chunk_steps < p.schedule.steps ? chunk_steps : p.schedule.steps) * B;
     dg_.allocate(chunk_rows * ldg_);
@@ -67,36 +66,26 @@ class BackwardDirection {
       copy_or_zero(dc_, p.d_c_n ? p.d_c_n + d_ * B * H_ : nullptr, B * H_);
     }
     zeros_.zeros(H_ > hout_ ? H_ : hout_);
-    if (packed_) panels_.allocate(Shape::blocks(hout_) * Shape::panel_numbers(GH_));
+    packed_ = p.schedule.steps >= kStepsToPack || B >= kRowsToPack;
+    hidden_.prepare(w_.w_hh, hout_, hout_, GH_, packed_);
     if (p.proj_size) {
       d_projected_.allocate(chunk_rows * hout_);
-      if (packed_) {
-        proj_panels_.allocate(Shape::blocks(H_) * Shape::panel_numbers(hout_));
-      } else {
-        d_emitted_.allocate(B * H_);
-      }
+      projection_.prepare(w_.w_hr, H_, H_, hout_, packed_);
     }
     if (p.schedule.batch_sizes && p.grads[d_].w_hh) h_prev_.allocate(chunk_rows * hout_);
     int64_t k = 0;
-    for (const GateRun& run : Cell::hidden_runs) hidden_[k++] = {run.plane * H_, run.count * H_};
+    for (const GateRun& run : Cell::hidden_runs) runs_[k++] = {run.plane * H_, run.count * H_};
   }
 
-  int64_t panels() const { return packed_ ? Shape::blocks(hout_) + (p_->proj_size ? Shape::blocks(H_) : 0) : 0; }
-  void pack(int64_t i) {
-    const int64_t blocks = Shape::blocks(hout_);
-    if (i < blocks) {
-      pack_straight(w_.w_hh, hout_, GH_, i, panels_.get() + i * Shape::panel_numbers(GH_));
-    } else {
-      i -= blocks;
-      pack_straight(w_.w_hr, H_, hout_, i, proj_panels_.get() + i * Shape::panel_numbers(hout_));
-    }
-  }
+  Work work() const { return {GH_ * hout_, hidden_.blocks(), !packed_}; }
+  int64_t panels() const { return hidden_.panels() + projection_.panels(); }
+  void pack(int64_t i) { i < hidden_.panels() ? hidden_.pack(i) : projection_.pack(i - hidden_.panels()); }
 
   void begin_chunk(int64_t s0, int64_t s1) { rows_ = walk_.packed_rows(s0, s1); }
 
   void run(int64_t s0, int64_t s1, Range mine, int member, int members, Barrier& barrier) {
     const Range units = part(Shape::blocks(H_), member, members);
-    const Range outputs = part(Shape::blocks(hout_), member, members);
+    const Range outputs = part(hidden_.blocks(), member, members);
     for (int64_t s = s1 - 1; s >= s0; --s) {
       const int64_t t = walk_.time(s);
       Segment pieces[2];
@@ -113,21 +102,19 @@ class BackwardDirection {
     }
   }
 
-  // What the chunk's dg gives, one GEMM or reduction each; `first` overwrites, later chunks add.
+  // What the chunk's dg gives, one product or reduction each; `first` overwrites, later chunks add.
   void gradients(bool first, bool add_to_dx) {
     const int64_t rows = rows_.end - rows_.begin, I = p_->input_size;
     const DirectionGrads<T>& out = p_->grads[d_];
-    const T beta = first ? T(0) : T(1);
+    const Matrix<T> dg = columns_of(dg_.get(), ldg_);  // transposed
     if (p_->dx)
-      multiply(p_->gemm, p_->threads, false, false, rows, I, GH_, dg_.get(), ldg_, w_.w_ih, I, add_to_dx ? T(1) : T(0),
-               p_->dx + rows_.begin * I, I);
-    if (out.w_ih)
-      multiply(p_->gemm, p_->threads, true, false, GH_, I, rows, dg_.get(), ldg_, p_->x + rows_.begin * I, I, beta,
-               out.w_ih, I);
+      gemm(p_->threads, rows, I, GH_, rows_of(dg_.get(), ldg_), rows_of(w_.w_ih, I), add_to_dx,
+           p_->dx + rows_.begin * I, I);
+    if (out.w_ih) gemm(p_->threads, GH_, I, rows, dg, rows_of(p_->x + rows_.begin * I, I), !first, out.w_ih, I);
     if (out.w_hh) weight_hh(first, out.w_hh);
     if (out.w_hr)
-      multiply(p_->gemm, p_->threads, true, false, hout_, H_, rows, d_projected_.get(), hout_,
-               p_->emitted[d_] + rows_.begin * H_, H_, beta, out.w_hr, H_);
+      gemm(p_->threads, hout_, H_, rows, columns_of(d_projected_.get(), hout_),
+           rows_of(p_->emitted[d_] + rows_.begin * H_, H_), !first, out.w_hr, H_);
     if (out.b_ih) column_sums(p_->threads, dg_.get(), ldg_, rows, GH_, !first, out.b_ih);
     if (out.b_hh) {
       constexpr bool same = Cell::runs == 1 && Cell::grads == Cell::gates;  // dgh is dgx
@@ -183,46 +170,31 @@ class BackwardDirection {
       return;
     }
     const int64_t j0 = units.begin * Shape::units, j1 = units.end * Shape::units;
-    const int64_t count = piece.rows.end - piece.rows.begin;
-    parallel_for(shared_pointwise(count), count, [&](int64_t i) {
-      const int64_t r = piece.rows.begin + i;
+    for (int64_t r = piece.rows.begin; r < piece.rows.end; ++r) {
       const T* d_output = p_->d_output ? p_->d_output + (n0 + r) * ldo_ + d_ * hout_ : zeros_.get();
       for (int64_t j = j0; j < (j1 < H_ ? j1 : H_); j += V::size) {
         const int64_t valid = H_ - j;
         pointwise(r, j, V::load(d_output + j, valid) + V::load(carry_ + r * hout_ + j, valid));
       }
-    });
+    }
   }
-
-  // Steps that are GEMM calls run on the caller's thread alone: their pointwise part gets a team of its own.
-  int shared_pointwise(int64_t rows) const { return !packed_ && rows * GH_ >= kGatesToShare ? p_->threads : 1; }
 
   // dL/dm = dh W_hr, handed on a vector at a time.
   template <class Use>
   void for_each_emitted_gradient(int64_t n0, Range rows, Range units, const Use& use) {
     const T* dh = d_projected_.get() + (n0 - rows_.begin) * hout_;
-    if (!packed_) {
-      const int64_t count = rows.end - rows.begin;
-      multiply(p_->gemm, p_->threads, false, false, count, H_, hout_, dh + rows.begin * hout_, hout_, w_.w_hr, H_, T(0),
-               d_emitted_.get(), H_);
-      parallel_for(shared_pointwise(count), count, [&](int64_t i) {
-        for (int64_t j = 0; j < H_; j += V::size)
-          use(rows.begin + i, j, V::load(d_emitted_.get() + i * H_ + j, H_ - j));
-      });
-      return;
-    }
     const KPiece k[1] = {{0, hout_}};
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      for_each_block<1>(dh + r0 * hout_, hout_, count, k, 1, proj_panels_.get(), hout_, units.begin, units.end,
-                        [&](int64_t block, const T* sums, int64_t ld_sums) {
-                          for (int64_t i = 0; i < count; ++i)
-                            for (int u = 0; u < Shape::unit_vectors; ++u) {
-                              const int64_t j = block * Shape::units + u * V::size;
-                              if (j >= H_) break;
-                              use(r0 + i, j, V::load(sums + i * ld_sums + u * V::size));
-                            }
-                        });
+      projection_.for_each_block(
+          dh + r0 * hout_, hout_, count, k, 1, units, [&](int64_t block, const T* sums, int64_t ld_sums) {
+            for (int64_t i = 0; i < count; ++i)
+              for (int u = 0; u < Shape::unit_vectors; ++u) {
+                const int64_t j = block * Shape::units + u * V::size;
+                if (j >= H_) break;
+                use(r0 + i, j, V::load(sums + i * ld_sums + u * V::size));
+              }
+          });
     }
   }
 
@@ -253,26 +225,19 @@ class BackwardDirection {
 
   void carry_back(int64_t t, Range rows, Range blocks) {
     const T* dg = dg_row(p_->schedule.offset(t));
-    if (!packed_) {
-      const int64_t count = rows.end - rows.begin;
-      for (const GateRun& run : Cell::hidden_runs)
-        multiply(p_->gemm, p_->threads, false, false, count, hout_, run.count * H_,
-                 dg + rows.begin * ldg_ + run.plane * H_, ldg_, w_.w_hh + run.gate * H_ * hout_, hout_, T(1),
-                 carry_ + rows.begin * hout_, hout_);
-      return;
-    }
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      for_each_block<1>(dg + r0 * ldg_, ldg_, count, hidden_, Cell::runs, panels_.get(), GH_, blocks.begin, blocks.end,
-                        [&](int64_t block, const T* sums, int64_t ld_sums) {
-                          for (int64_t i = 0; i < count; ++i)
-                            for (int u = 0; u < Shape::unit_vectors; ++u) {
-                              const int64_t j = block * Shape::units + u * V::size, valid = hout_ - j;
-                              if (valid <= 0) break;
-                              T* carry = carry_ + (r0 + i) * hout_ + j;
-                              (V::load(carry, valid) + V::load(sums + i * ld_sums + u * V::size)).store(carry, valid);
-                            }
-                        });
+      hidden_.for_each_block(
+          dg + r0 * ldg_, ldg_, count, runs_, Cell::runs, blocks, [&](int64_t block, const T* sums, int64_t ld_sums) {
+            for (int64_t i = 0; i < count; ++i)
+              for (int u = 0; u < Shape::unit_vectors; ++u) {
+                const int64_t j = block * Shape::units + u * V::size, valid = hout_ - j;
+                if (valid <= 0) break;
+                T* carry = carry_ + (r0 + i) * hout_ + j;
+                const V sum = V::load(sums + i * ld_sums + u * V::size);
+                (V::load(carry, valid) + sum).store(carry, valid);
+              }
+          });
     }
   }
 
@@ -312,8 +277,8 @@ class BackwardDirection {
   }
   void accumulate_hh(int64_t n, int64_t rows, const T* h_prev, int64_t ldh, bool accumulate, T* out) {
     for (const GateRun& run : Cell::hidden_runs)
-      multiply(p_->gemm, p_->threads, true, false, run.count * H_, hout_, rows, dg_row(n) + run.plane * H_, ldg_,
-               h_prev, ldh, accumulate ? T(1) : T(0), out + run.gate * H_ * hout_, hout_);
+      gemm(p_->threads, run.count * H_, hout_, rows, columns_of(dg_row(n) + run.plane * H_, ldg_), rows_of(h_prev, ldh),
+           accumulate, out + run.gate * H_ * hout_, hout_);
   }
 
   const RnnBackward<T>* p_ = nullptr;
@@ -324,8 +289,9 @@ class BackwardDirection {
   bool packed_ = false;
   Range rows_{};                        // packed rows of the chunk
   T *carry_ = nullptr, *dc_ = nullptr;  // (B, Hout), (B, H): where the walk ends, dL/dh0 and dL/dc0
-  KPiece hidden_[Cell::runs];
-  Workspace<T> panels_, proj_panels_, dg_, carry_memory_, dc_memory_, d_projected_, d_emitted_, zeros_, h_prev_;
+  KPiece runs_[Cell::runs];
+  StepWeights<1, T, false> hidden_, projection_;
+  Workspace<T> dg_, carry_memory_, dc_memory_, d_projected_, zeros_, h_prev_;
 };
 
 template <class Cell, class T>
@@ -337,14 +303,13 @@ void rnn_backward(const RnnBackward<T>& p) {
   if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
     const int64_t panels = directions[0].panels();
     parallel_for(p.threads, panels * p.directions, [&](int64_t i) { directions[i / panels].pack(i % panels); });
-    const int64_t weights = Cell::gates * p.hidden_size * p.out_size();
     // The directions reach a chunk's rows at different times: then both add to zeros.
     const bool dx_from_zero = p.directions == 2 && chunk < T_;
     if (p.dx && dx_from_zero) memset(p.dx, 0, p.schedule.total_rows() * p.input_size * sizeof(T));
     for (int64_t s1 = T_; s1 > 0; s1 -= chunk) {
       const int64_t s0 = s1 > chunk ? s1 - chunk : 0;
       for (int d = 0; d < p.directions; ++d) directions[d].begin_chunk(s0, s1);
-      run_plan(panels ? p.threads : 1, p.schedule, p.directions, weights, panels,
+      run_plan(p.threads, p.schedule, p.directions, directions[0].work(),
                [&](int d, Range rows, int member, int members, Barrier& barrier) {
                  directions[d].run(s0, s1, rows, member, members, barrier);
                });

@@ -2,10 +2,10 @@
 #pragma once
 
 // Measured on two cores with AVX2 (docs/performance.md). None changes a bit of the recurrent products.
-constexpr int64_t kStepsToPack = 8;           // packing costs a few steps: a shorter sequence calls the GEMM each step
+constexpr int64_t kStepsToPack = 8;  // packing costs a few steps: a shorter sequence reads the weights in place
+constexpr int64_t kRowsToPack = 16;  // backward packs for a few steps of so many rows, too
 constexpr int64_t kWorkToShareUnits = 45000;  // a step of fewer multiplications is done before a barrier is
 constexpr int64_t kRowsToShareRows = 6;       // rows a thread needs to be worth its own pass over the weights
-constexpr int64_t kGatesToShare = 16384;      // activations worth starting a team for
 constexpr int64_t kNumbersToShare = 131072;   // numbers to add or multiply, likewise
 // More weights than a core's own cache holds, and few rows to make up for reading them: each thread reads its share of
 // them at a step, rather than all of them for its rows.
@@ -72,15 +72,22 @@ struct Plan {
   int tasks() const { return directions * row_groups; }
 };
 
-inline Plan make_plan(int team, int directions, int64_t batch, int64_t weights, int64_t blocks) {
+// What a step is made of.
+struct Work {
+  int64_t weights;  // numbers that one row is multiplied with
+  int64_t blocks;   // of units
+  bool in_place;    // the weights are not packed: each is best read by one thread
+};
+
+inline Plan make_plan(int team, int directions, int64_t batch, const Work& work) {
   Plan plan{directions, 1, 1};
   const int share = team / directions;  // threads a direction can have
   if (share <= 1) return plan;
-  const bool streams = weights >= kWeightsToStream && batch <= kRowsToShareUnits;
+  const bool streams = work.in_place || (work.weights >= kWeightsToStream && batch <= kRowsToShareUnits);
   if (batch >= share * kRowsToShareRows && !streams) {
     plan.row_groups = share;
-  } else if (batch * weights >= kWorkToShareUnits) {
-    plan.members = static_cast<int>(share < blocks ? share : blocks);
+  } else if (batch * work.weights >= kWorkToShareUnits) {
+    plan.members = static_cast<int>(share < work.blocks ? share : work.blocks);
   }
   return plan;
 }
@@ -105,8 +112,7 @@ inline Range row_group(const Schedule& schedule, int i, int n) {
 
 // Runs loop(direction, rows, member, members, barrier) for every part of the plan.
 template <class Loop>
-void run_plan(int threads, const Schedule& schedule, int directions, int64_t weights, int64_t blocks,
-              const Loop& loop) {
+void run_plan(int threads, const Schedule& schedule, int directions, const Work& work, const Loop& loop) {
   constexpr int kMaxGroups = 512;
   if (threads > kMaxGroups) threads = kMaxGroups;
   static_assert(sizeof(Barrier) % 64 == 0, "barriers must not share cache lines");
@@ -114,13 +120,13 @@ void run_plan(int threads, const Schedule& schedule, int directions, int64_t wei
   const int groups = threads > directions ? threads : directions;
   Barrier* barriers = memory.zeros(groups);
   const int wanted = [&] {
-    const Plan plan = make_plan(threads, directions, schedule.batch, weights, blocks);
+    const Plan plan = make_plan(threads, directions, schedule.batch, work);
     const int all = plan.tasks() * plan.members;
     return threads < all ? threads : all;
   }();
   parallel(wanted, [&](int member, int team) {
     // From the team that came, which may be smaller than the one asked for.
-    const Plan plan = make_plan(team, directions, schedule.batch, weights, blocks);
+    const Plan plan = make_plan(team, directions, schedule.batch, work);
     if (plan.members == 1) {
       for (int task = member; task < plan.tasks(); task += team)
         loop(

@@ -1,9 +1,11 @@
 // The forward driver: one layer, all directions, any cell.
 //
-//   for each chunk of steps:   gx = x W_ih^T, one GEMM a direction
-//                              for each step: gh = h W_hh^T on packed panels, Cell::update on the sums, h stored
+//   for each chunk of steps:   gx = x W_ih^T, one product a direction
+//                              for each step: gh = h W_hh^T a block of units at a time, Cell::update on the sums, h
+//                              stored
 //
-// Threads share rows when there are enough, else units, with a barrier a step (rnn_driver.h).
+// Threads share rows when there are enough, else units, with a barrier a step (rnn_driver.h). Of a few steps the
+// weights are not packed, gx is computed in the same region as the steps, and threads share units alone.
 #pragma once
 
 template <class Cell, class T>
@@ -13,8 +15,6 @@ class ForwardDirection {
   using V = Vec<T>;
   using Hidden = PanelShape<T, Cell::gates>;
   using Projection = PanelShape<T, 1>;
-  // The cell sees gx and gh as their sum alone: a GEMM can add gh to gx.
-  static constexpr bool kOnlyTheSum = Cell::runs == 1 && Cell::grads == Cell::gates;
 
   void prepare(const RnnForward<T>& p, int direction) {
     p_ = &p;
@@ -24,20 +24,16 @@ class ForwardDirection {
     H_ = p.hidden_size;
     hout_ = p.out_size();
     ldo_ = p.directions * hout_;
-    packed_ = p.schedule.steps >= kStepsToPack;
+    packed_ = p.schedule.nominal_steps() >= kStepsToPack;
     const int64_t B = p.schedule.batch;
-    if (packed_) {
-      panels_.allocate(Hidden::blocks(H_) * Hidden::panel_numbers(hout_));
-      if (p.proj_size) proj_panels_.allocate(Projection::blocks(hout_) * Projection::panel_numbers(H_));
-    } else if (!kOnlyTheSum) {
-      gh_.allocate(B * Cell::gates * H_);
-    }
+    hidden_.prepare(w_.w_hh, hout_, H_, hout_, packed_);
+    if (!packed_) input_.prepare(w_.w_ih, p.input_size, H_, p.input_size, false);
+    if (p.proj_size) projection_.prepare(w_.w_hr, H_, hout_, H_, packed_);
     if (Cell::cell_state) {
       c_ = p.c_n ? p.c_n + d_ * B * H_ : c_memory_.allocate(B * H_);
       copy_or_zero(c_, p.c0 ? p.c0 + d_ * B * H_ : nullptr, B * H_);
     }
-    const bool needs_zeros = !w_.b_ih || !w_.b_hh || (!packed_ && kOnlyTheSum);
-    const int64_t gate_zeros = needs_zeros ? Cell::gates * H_ : 0, state_zeros = p.h0 ? 0 : B * hout_;
+    const int64_t gate_zeros = w_.b_ih && w_.b_hh ? 0 : Cell::gates * H_, state_zeros = p.h0 ? 0 : B * hout_;
     zeros_.zeros(gate_zeros > state_zeros ? gate_zeros : state_zeros);
     b_ih_ = w_.b_ih ? w_.b_ih : zeros_.get();
     b_hh_ = w_.b_hh ? w_.b_hh : zeros_.get();
@@ -46,17 +42,12 @@ class ForwardDirection {
     gx_ld_ = in_output() ? ldo_ : in_kept() ? Cell::kept * H_ : Cell::gates * H_;
   }
 
-  int64_t panels() const { return packed_ ? Hidden::blocks(H_) + projection_blocks() : 0; }
-  int64_t projection_blocks() const { return p_->proj_size ? Projection::blocks(hout_) : 0; }
-  void pack(int64_t i) {
-    const int64_t blocks = Hidden::blocks(H_);
-    if (i < blocks) {
-      pack_transposed<T, Cell::gates>(w_.w_hh, H_, hout_, i, panels_.get() + i * Hidden::panel_numbers(hout_));
-    } else {
-      i -= blocks;
-      pack_transposed<T, 1>(w_.w_hr, hout_, H_, i, proj_panels_.get() + i * Projection::panel_numbers(H_));
-    }
-  }
+  // Units that threads share, in blocks, and the numbers that one row of a step multiplies.
+  int64_t blocks() const { return Hidden::blocks(H_); }
+  int64_t weights() const { return Cell::gates * H_ * (hout_ + (packed_ ? 0 : p_->input_size)); }
+  bool packed() const { return packed_; }
+  int64_t panels() const { return hidden_.panels() + projection_.panels(); }
+  void pack(int64_t i) { i < hidden_.panels() ? hidden_.pack(i) : projection_.pack(i - hidden_.panels()); }
 
   void reserve_gx(int64_t chunk_rows) {
     if (!in_output() && !in_kept()) gx_.allocate(chunk_rows * Cell::gates * H_);
@@ -65,15 +56,17 @@ class ForwardDirection {
   void project_input(int64_t s0, int64_t s1) {
     const Range rows = walk_.packed_rows(s0, s1);
     gx_rows_ = in_output() ? p_->output + d_ * hout_ : in_kept() ? p_->kept[d_] : gx_.get() - rows.begin * gx_ld_;
+    if (!packed_) return;  // run() does it
     const int64_t I = p_->input_size;
-    multiply(p_->gemm, p_->threads, false, true, rows.end - rows.begin, Cell::gates * H_, I, p_->x + rows.begin * I, I,
-             w_.w_ih, I, T(0), gx_rows_ + rows.begin * gx_ld_, gx_ld_);
+    gemm(p_->threads, rows.end - rows.begin, Cell::gates * H_, I, rows_of(p_->x + rows.begin * I, I),
+         columns_of(w_.w_ih, I), false, gx_rows_ + rows.begin * gx_ld_, gx_ld_);
   }
 
   // Steps [s0, s1) of some rows, this member's share of their units.
   void run(int64_t s0, int64_t s1, Range mine, int member, int members, Barrier& barrier) {
-    const Range units = part(Hidden::blocks(H_), member, members);
-    const Range outputs = part(projection_blocks(), member, members);
+    const Range units = part(blocks(), member, members);
+    const Range outputs = part(projection_.blocks(), member, members);
+    if (!packed_) project_units(walk_.packed_rows(s0, s1), units);
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = walk_.time(s);
       Segment pieces[2];
@@ -113,18 +106,34 @@ class ForwardDirection {
     return p_->emitted[d_] ? p_->emitted[d_] + n * H_ : emitted_.get() + r * H_;
   }
 
+  // gx of some units alone.
+  void project_units(Range rows, Range units) {
+    const int64_t I = p_->input_size;
+    const KPiece k[1] = {{0, I}};
+    for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
+      const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
+      input_.for_each_block(p_->x + r0 * I, I, count, k, 1, units, [&](int64_t block, const T* sums, int64_t ld_sums) {
+        const int64_t j = block * Hidden::units;
+        const int64_t valid = H_ - j < Hidden::units ? H_ - j : Hidden::units;
+        for (int64_t i = 0; i < count; ++i)
+          for (int g = 0; g < Cell::gates; ++g)
+            for (int64_t u = 0; u < valid; u += V::size)
+              V::load(sums + i * ld_sums + g * Hidden::units + u)
+                  .store(gx_rows_ + (r0 + i) * gx_ld_ + g * H_ + j + u, valid - u);
+      });
+    }
+  }
+
   void step(int64_t t, const Segment& piece, Range units) {
     const int64_t n0 = p_->schedule.offset(t);
     const T* h_prev = piece.initial ? h0_ : output_row(p_->schedule.offset(walk_.previous(t).from));
     const int64_t ldh = piece.initial ? hout_ : ldo_;
     const bool zero_state = piece.initial && !p_->h0;  // 0 W_hh^T needs no product
-    if (!packed_) return step_by_gemm(n0, piece.rows, h_prev, ldh, zero_state);
     const KPiece k[1] = {{0, zero_state ? 0 : hout_}};
     for (int64_t r0 = piece.rows.begin; r0 < piece.rows.end; r0 += kRowBlock) {
       const int64_t rows = piece.rows.end - r0 < kRowBlock ? piece.rows.end - r0 : kRowBlock;
-      for_each_block<Cell::gates>(
-          h_prev + r0 * ldh, ldh, rows, k, 1, panels_.get(), hout_, units.begin, units.end,
-          [&](int64_t block, const T* sums, int64_t ld_sums) {
+      hidden_.for_each_block(
+          h_prev + r0 * ldh, ldh, rows, k, 1, units, [&](int64_t block, const T* sums, int64_t ld_sums) {
             for (int64_t i = 0; i < rows; ++i) {
               const int64_t r = r0 + i;
               for (int u = 0; u < Hidden::unit_vectors; ++u) {
@@ -135,24 +144,6 @@ class ForwardDirection {
             }
           });
     }
-  }
-
-  void step_by_gemm(int64_t n0, Range rows, const T* h_prev, int64_t ldh, bool zero_state) {
-    const int64_t count = rows.end - rows.begin, GH = Cell::gates * H_;
-    T* gh = kOnlyTheSum ? gx_rows_ + (n0 + rows.begin) * gx_ld_ : gh_.get();
-    const int64_t ld = kOnlyTheSum ? gx_ld_ : GH;
-    if (!zero_state) {
-      multiply(p_->gemm, p_->threads, false, true, count, GH, hout_, h_prev + rows.begin * ldh, ldh, w_.w_hh, hout_,
-               T(kOnlyTheSum), gh, ld);
-    } else if (!kOnlyTheSum) {
-      memset(gh, 0, count * GH * sizeof(T));
-    }
-    const int threads = count * GH >= kGatesToShare ? p_->threads : 1;
-    parallel_for(threads, count, [&](int64_t i) {
-      const int64_t r = rows.begin + i;
-      for (int64_t j = 0; j < H_; j += V::size)
-        update(n0 + r, r, j, kOnlyTheSum ? zeros_.get() : gh + i * GH + j, H_, h_prev + r * ldh);
-    });
   }
 
   // Units [j, j + V) of row r: gh without bias at gh[gate * gate_stride]. Whole vectors get code of their own, in which
@@ -196,26 +187,18 @@ class ForwardDirection {
   // h = W_hr m, for the rows of one step (Sak et al., 2014).
   void project_hidden(int64_t t, Range rows, Range blocks) {
     const int64_t n0 = p_->schedule.offset(t);
-    if (!packed_) {
-      multiply(p_->gemm, p_->threads, false, true, rows.end - rows.begin, hout_, H_,
-               emitted_row(n0 + rows.begin, rows.begin), H_, w_.w_hr, H_, T(0), output_row(n0 + rows.begin), ldo_);
-      if (p_->output_copy)
-        for (int64_t n = n0 + rows.begin; n < n0 + rows.end; ++n)
-          memcpy(p_->output_copy + n * ldo_ + d_ * hout_, output_row(n), hout_ * sizeof(T));
-      return;
-    }
     const KPiece k[1] = {{0, H_}};
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      for_each_block<1>(emitted_row(n0 + r0, r0), H_, count, k, 1, proj_panels_.get(), H_, blocks.begin, blocks.end,
-                        [&](int64_t block, const T* sums, int64_t ld_sums) {
-                          for (int64_t i = 0; i < count; ++i)
-                            for (int u = 0; u < Projection::unit_vectors; ++u) {
-                              const int64_t j = block * Projection::units + u * V::size;
-                              if (j >= hout_) break;
-                              store_output(n0 + r0 + i, j, hout_ - j, V::load(sums + i * ld_sums + u * V::size));
-                            }
-                        });
+      projection_.for_each_block(
+          emitted_row(n0 + r0, r0), H_, count, k, 1, blocks, [&](int64_t block, const T* sums, int64_t ld_sums) {
+            for (int64_t i = 0; i < count; ++i)
+              for (int u = 0; u < Projection::unit_vectors; ++u) {
+                const int64_t j = block * Projection::units + u * V::size;
+                if (j >= hout_) break;
+                store_output(n0 + r0 + i, j, hout_ - j, V::load(sums + i * ld_sums + u * V::size));
+              }
+          });
     }
   }
 
@@ -225,7 +208,9 @@ class ForwardDirection {
   DirectionWeights<T> w_;
   int64_t H_ = 0, hout_ = 0, ldo_ = 0, gx_ld_ = 0;
   bool packed_ = false;
-  Workspace<T> panels_, proj_panels_, gh_, c_memory_, zeros_, emitted_, gx_;
+  StepWeights<Cell::gates, T, true> hidden_, input_;
+  StepWeights<1, T, true> projection_;
+  Workspace<T> c_memory_, zeros_, emitted_, gx_;
   const T *b_ih_ = nullptr, *b_hh_ = nullptr, *h0_ = nullptr;
   T *gx_rows_ = nullptr, *c_ = nullptr;
 };
@@ -241,15 +226,14 @@ void rnn_forward(const RnnForward<T>& p) {
 
     const int64_t chunk = steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(T), kChunkBytes);
     for (int d = 0; d < p.directions; ++d) directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch);
-    const int64_t weights = Cell::gates * p.hidden_size * p.out_size();
+    const Work work{directions[0].weights(), directions[0].blocks(), !directions[0].packed()};
     for (int64_t s0 = 0; s0 < T_; s0 += chunk) {
       const int64_t s1 = s0 + chunk < T_ ? s0 + chunk : T_;
       for (int d = 0; d < p.directions; ++d) directions[d].project_input(s0, s1);
-      // Steps that are GEMM calls get their threads from the GEMM.
-      run_plan(panels ? p.threads : 1, p.schedule, p.directions, weights, panels,
-               [&](int d, Range rows, int member, int members, Barrier& barrier) {
-                 directions[d].run(s0, s1, rows, member, members, barrier);
-               });
+      run_plan(
+          p.threads, p.schedule, p.directions, work, [&](int d, Range rows, int member, int members, Barrier& barrier) {
+            directions[d].run(s0, s1, rows, member, members, barrier);
+          });
     }
   }
   for (int d = 0; d < p.directions; ++d) directions[d].finish();

@@ -49,16 +49,41 @@ struct Vec {
   // The first n lanes; the others read as zero and are never written, so no access leaves the row.
   FASTSEQ_INLINE static Vec load(const T* p, int64_t n) {
     if (n >= size) return load(p);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return (Native)_mm512_maskz_loadu_ps(static_cast<__mmask16>(first_lanes(n)), p);
+    else return (Native)_mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(n)), p);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return (Native)_mm256_maskload_ps(p, first_lanes(n));
+    else return (Native)_mm256_maskload_pd(p, first_lanes(n));
+#else
     T lanes[size] = {};
     for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
     return load(lanes);
+#endif
   }
   FASTSEQ_INLINE void store(T* p, int64_t n) const {
     if (n >= size) return store(p);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, static_cast<__mmask16>(first_lanes(n)), (__m512)v);
+    else _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(n)), (__m512d)v);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
+    else _mm256_maskstore_pd(p, first_lanes(n), (__m256d)v);
+#else
     T lanes[size];
     store(lanes);
     for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
   }
+#if defined(__AVX512F__)
+  FASTSEQ_INLINE static unsigned first_lanes(int64_t n) { return n > 0 ? (1u << n) - 1 : 0; }
+#elif defined(__AVX2__)
+  FASTSEQ_INLINE static __m256i first_lanes(int64_t n) {
+    Bits lane;
+    for (int i = 0; i < size; ++i) lane[i] = i;
+    return (__m256i)(lane < Bits{} + static_cast<Bit>(n));
+  }
+#endif
   FASTSEQ_INLINE static Vec broadcast(T value) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) return (Native)_mm512_set1_ps(value);

@@ -12,23 +12,6 @@ namespace fastseq::test {
 
 using cpu::Kernels;
 
-// A naive GEMM whose sums run over k in order, whatever m is: a row of the product does not depend on its company.
-template <class T>
-void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
-          int64_t ldb, T beta, T* c, int64_t ldc) {
-  std::vector<T> b_rows(k * n), sums(n);
-  for (int64_t p = 0; p < k; ++p)
-    for (int64_t j = 0; j < n; ++j) b_rows[p * n + j] = transpose_b ? b[j * ldb + p] : b[p * ldb + j];
-  for (int64_t i = 0; i < m; ++i) {
-    std::fill(sums.begin(), sums.end(), T(0));
-    for (int64_t p = 0; p < k; ++p) {
-      const T factor = transpose_a ? a[p * lda + i] : a[i * lda + p];
-      for (int64_t j = 0; j < n; ++j) sums[j] += factor * b_rows[p * n + j];
-    }
-    for (int64_t j = 0; j < n; ++j) c[i * ldc + j] = beta == T(0) ? sums[j] : beta * c[i * ldc + j] + sums[j];
-  }
-}
-
 struct Shape {
   int64_t T, B, I, H;
   int64_t P;  // projected size, for the cells with a cell state; 0 for none
@@ -233,7 +216,6 @@ void fill_layer(RnnLayer<T>& p, const Case& c, const Inputs<T>& in, int threads)
   p.x = in[kX].data();
   p.h0 = in[kH0].data();
   p.c0 = in[kC0].data();
-  p.gemm = gemm<T>;
   p.threads = threads;
   for (int d = 0; d < c.directions; ++d) {
     const Guarded<T>* w = &in[kWeights + 5 * d];

@@ -3,33 +3,12 @@
 
 #include <ATen/Parallel.h>
 
-#include <array>
-
 #include "counters.h"
 #include "stack.h"
 
 namespace fastseq {
 
 namespace {
-
-// torch's GEMM behind the kernels' function pointer.
-template <class T>
-void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b,
-          int64_t ldb, T beta, T* c, int64_t ldc) {
-  if (m == 0 || n == 0) return;
-  const auto matrix = [](const T* data, int64_t rows, int64_t columns, int64_t ld, bool transpose) {
-    return at::from_blob(
-        const_cast<T*>(data), {rows, columns},
-        transpose ? std::array<int64_t, 2>{1, ld} : std::array<int64_t, 2>{ld, 1}, c10::CppTypeToScalarType<T>::value);
-  };
-  const at::Tensor A = matrix(a, m, k, lda, transpose_a), B = matrix(b, k, n, ldb, transpose_b);
-  at::Tensor C = matrix(c, m, n, ldc, false);
-  if (beta == T(0)) {
-    at::mm_out(C, A, B);
-  } else {
-    at::addmm_out(C, C, A, B);
-  }
-}
 
 // The kernels run serially in a forked child, whose OpenMP threads did not survive; torch's GEMM would wait for them
 // for ever. As DataLoader in its workers, this leaves the child with one thread.
@@ -72,7 +51,6 @@ void fill_layer(RnnLayer<T>& p, const RnnStack& stack, const Inputs& in, int64_t
   p.x = layer_input.const_data_ptr<T>();
   p.h0 = layer_state(pointer<T>(in.hx), stack, layer, stack.out_size);
   p.c0 = layer_state(pointer<T>(in.cx), stack, layer, stack.hidden_size);
-  p.gemm = gemm<T>;
   p.threads = at::get_num_threads();
   auto next = in.weights.begin() + layer * stack.directions * stack.weights_per_direction();
   for (int64_t d = 0; d < stack.directions; ++d) {

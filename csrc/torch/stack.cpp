@@ -178,7 +178,8 @@ void RnnStack::make_offsets() {
 }
 
 Schedule RnnStack::schedule() const {
-  if (rows.defined()) return {static_cast<int64_t>(batch_sizes.size()), batch, batch_sizes.data(), offsets.data()};
+  if (rows.defined())
+    return {static_cast<int64_t>(batch_sizes.size()), batch, batch_sizes.data(), offsets.data(), steps};
   if (!batch_sizes.empty()) return {steps, batch, batch_sizes.data(), offsets.data()};
   return {steps, batch, nullptr, nullptr};
 }

@@ -1,0 +1,179 @@
+// A matrix product of our own: C (m, n) (+)= A (m, k) B (k, n), the large products of a layer.
+//
+// B is packed into panels (panel.h), a block of K at a time, by all threads together; A is read where it lies when its
+// rows are contiguous, else packed too. Sums along K are chains of kChain terms, added in order, so an element's bits
+// do not depend on m, n or the threads.
+#pragma once
+
+constexpr int64_t kGemmK = 512;            // depth of a block: a panel of it stays in cache while rows go by
+constexpr int64_t kGemmRows = 96;          // rows of A that a thread takes against all panels; a multiple of every tile
+constexpr int64_t kRowsInPlace = 8;        // for so few rows of A, B is not packed; at most kRowBlock
+constexpr int64_t kGemmToShare = 1 << 18;  // multiplications worth starting a team for
+
+// Element (i, j) is data[i * row + j * column]; one of the strides is 1.
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t row, column;
+};
+template <class T>
+Matrix<T> rows_of(const T* data, int64_t ld) {
+  return {data, ld, 1};
+}
+template <class T>
+Matrix<T> columns_of(const T* data, int64_t ld) {  // the transpose of what lies in memory
+  return {data, 1, ld};
+}
+
+// Rows [k0, k0 + k_size) of B, panel j: [k][V lanes of each vector], zero past n.
+template <class T>
+void pack_b(const Matrix<T>& b, int64_t k0, int64_t k_size, int64_t n, int64_t j, T* panel) {
+  if (b.column == 1) {
+    pack_straight(b.data + k0 * b.row, b.row, n, k_size, j, panel);
+  } else {
+    pack_transposed<T, 1>(b.data + k0, b.column, n, k_size, j, panel);
+  }
+}
+
+// Rows [i0, i0 + rows) of a transposed A, in blocks of as many as a tile has: [block][k][MR]. The last block repeats
+// nothing and holds fewer.
+template <int MR, class T>
+void pack_a(const Matrix<T>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_size, T* to) {
+  for (int64_t i = 0; i < rows; i += MR) {
+    const T* from = a.data + (i0 + i) + k0 * a.column;
+    if (rows - i >= MR) {
+      for (int64_t k = 0; k < k_size; ++k, to += MR) __builtin_memcpy(to, from + k * a.column, MR * sizeof(T));
+    } else {
+      for (int64_t k = 0; k < k_size; ++k, to += MR)
+        for (int64_t r = 0; r < rows - i; ++r) to[r] = from[k * a.column + r];
+    }
+  }
+}
+
+// c[MR][columns] (+)= a . panel; columns may be fewer than the panel's.
+template <int MR, int NV, class T>
+FASTSEQ_INLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_k, const T* panel, int64_t k_size, T* c, int64_t ldc,
+                              int64_t columns, bool accumulate) {
+  using V = Vec<T>;
+  constexpr int width = NV * V::size;
+  alignas(64) T sums[MR * width];
+  T* to = c;
+  int64_t ld = ldc;
+  if (columns < width) {
+    to = sums, ld = width;
+    for (int i = 0; i < MR * NV; ++i)
+      (accumulate ? V::load(c + i / NV * ldc + i % NV * V::size, columns - i % NV * V::size) : V(0))
+          .store(sums + i * V::size);
+  }
+  for (int64_t k = 0; k < k_size; k += kChain)
+    tile<MR, NV, 1>(a + k * a_k, a_row, a_k, panel + k * width, width, 0, k_size - k < kChain ? k_size - k : kChain, to,
+                    ld, accumulate || k > 0);
+  if (columns < width)
+    for (int i = 0; i < MR * NV; ++i)
+      V::load(sums + i * V::size).store(c + i / NV * ldc + i % NV * V::size, columns - i % NV * V::size);
+}
+
+template <int MR, int NV, class T>
+FASTSEQ_INLINE void gemm_tile_remainder(int64_t rows, const T* a, int64_t a_row, int64_t a_k, const T* panel,
+                                        int64_t k_size, T* c, int64_t ldc, int64_t columns, bool accumulate) {
+  if constexpr (MR > 0) {
+    if (rows == MR) return gemm_tile<MR, NV>(a, a_row, a_k, panel, k_size, c, ldc, columns, accumulate);
+    gemm_tile_remainder<MR - 1, NV>(rows, a, a_row, a_k, panel, k_size, c, ldc, columns, accumulate);
+  }
+}
+
+// Rows [i0, i1) of C against the panels [j0, j1) of one block of K.
+template <class T>
+void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, const T* panels, int64_t panel_stride,
+                Range columns, int64_t n, T* a_memory, bool accumulate, T* c, int64_t ldc) {
+  using Shape = PanelShape<T, 1>;
+  constexpr int NV = Shape::vectors, MR = tile_rows(NV);
+  for (int64_t i0 = rows.begin; i0 < rows.end; i0 += kGemmRows) {
+    const int64_t count = rows.end - i0 < kGemmRows ? rows.end - i0 : kGemmRows;
+    const bool packed = a.column != 1;
+    if (packed) pack_a<MR>(a, i0, count, k0, k_size, a_memory);
+    for (int64_t j = columns.begin; j < columns.end; ++j) {
+      const T* panel = panels + j * panel_stride;
+      T* to = c + i0 * ldc + j * Shape::width;
+      const int64_t valid = n - j * Shape::width;
+      for (int64_t i = 0; i < count; i += MR) {
+        const T* from = packed ? a_memory + i * k_size : a.data + (i0 + i) * a.row + k0;
+        const int64_t a_row = packed ? 1 : a.row, a_k = packed ? MR : 1;
+        if (count - i >= MR) {
+          gemm_tile<MR, NV>(from, a_row, a_k, panel, k_size, to + i * ldc, ldc, valid, accumulate);
+        } else {
+          gemm_tile_remainder<MR - 1, NV>(
+              count - i, from, a_row, a_k, panel, k_size, to + i * ldc, ldc, valid, accumulate);
+        }
+      }
+    }
+  }
+}
+
+// The same for so few rows of A that packing B would cost as much as the product: B is read where it lies.
+template <class T>
+void gemm_few_rows(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b,
+                   bool accumulate, T* c, int64_t ldc) {
+  using V = Vec<T>;
+  using Shape = PanelShape<T, 1>;
+  StepWeights<1, T, false> weights;
+  weights.prepare(b.data, b.row, n, k, false);
+  if (weights.panels()) weights.pack(0);
+  const KPiece all[1] = {{0, k}};
+  parallel(m * n * k >= kGemmToShare ? threads : 1, [&](int member, int team) {
+    weights.for_each_block(a.data, a.row, m, all, 1, part(weights.blocks(), member, team),
+                           [&](int64_t block, const T* sums, int64_t ld_sums) {
+                             for (int64_t i = 0; i < m; ++i)
+                               for (int u = 0; u < Shape::unit_vectors; ++u) {
+                                 const int64_t j = block * Shape::units + u * V::size, valid = n - j;
+                                 if (valid <= 0) break;
+                                 T* to = c + i * ldc + j;
+                                 const V sum = V::load(sums + i * ld_sums + u * V::size);
+                                 (accumulate ? V::load(to, valid) + sum : sum).store(to, valid);
+                               }
+                           });
+  });
+}
+
+// C (m, n) (+)= A B.
+template <class T>
+void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, bool accumulate, T* c,
+          int64_t ldc) {
+  using Shape = PanelShape<T, 1>;
+  if (m <= 0 || n <= 0) return;
+  if (k <= 0) {
+    if (!accumulate)
+      for (int64_t i = 0; i < m; ++i) memset(c + i * ldc, 0, n * sizeof(T));
+    return;
+  }
+  if (m <= kRowsInPlace && a.column == 1 && b.column == 1)
+    return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
+  const int64_t panels = Shape::blocks(n);
+  const int64_t blocks = (k + kGemmK - 1) / kGemmK;
+  const int64_t depth = blocks == 1 ? k : ((k + blocks - 1) / blocks + kChain - 1) / kChain * kChain;  // whole chains
+  const int64_t panel_stride = Shape::panel_numbers(depth);  // of shorter blocks too: threads may be a block apart
+  const int64_t block_numbers = panels * panel_stride, buffers = depth < k ? 2 : 1;
+  const int64_t a_numbers = a.column != 1 ? kGemmRows * depth : 0;
+  const int wanted = m * n * k >= kGemmToShare ? threads : 1;
+  Workspace<T> memory;
+  T* const all = memory.allocate(buffers * block_numbers + wanted * a_numbers);
+  Barrier barrier;
+  parallel(wanted, [&](int member, int team) {
+    T* const a_memory = all + buffers * block_numbers + member * a_numbers;
+    // The longer side is shared.
+    constexpr int MR = tile_rows(Shape::vectors);
+    const int64_t tiles = (m + MR - 1) / MR;
+    const bool share_rows = tiles >= panels || tiles >= 8 * team;
+    Range rows = share_rows ? part(tiles, member, team) : Range{0, tiles};
+    rows = {rows.begin * MR, rows.end * MR < m ? rows.end * MR : m};
+    const Range columns = share_rows ? Range{0, panels} : part(panels, member, team);
+    for (int64_t k0 = 0, i = 0; k0 < k; k0 += depth, ++i) {
+      const int64_t k_size = k - k0 < depth ? k - k0 : depth;
+      T* const block = all + i % buffers * block_numbers;  // one is packed while others still read the one before it
+      const Range mine = share_rows ? part(panels, member, team) : columns;
+      for (int64_t j = mine.begin; j < mine.end; ++j) pack_b(b, k0, k_size, n, j, block + j * panel_stride);
+      if (share_rows) barrier.wait(team);
+      gemm_block(a, rows, k0, k_size, block, panel_stride, columns, n, a_memory, accumulate || k0 > 0, c, ldc);
+    }
+  });
+}

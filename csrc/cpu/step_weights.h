@@ -1,0 +1,72 @@
+// The weights of the product inside a step: packed into panels, or where the caller has them.
+#pragma once
+
+// In panels: Gates blocks of W^T, or W, as packed.
+// In place, Gates > 0 rows of W^T: direct.h.   In place, W (K, n): a full block of columns is a panel with another
+// stride; the last block, when it is not full, is packed all the same, since a load would leave the matrix.
+template <int Gates, class T, bool kTransposed>
+class StepWeights {
+ public:
+  using Shape = PanelShape<T, Gates>;
+
+  // W^T of w (Gates*n, K), or W of w (K, n); ld is the numbers between two rows of w.
+  void prepare(const T* w, int64_t ld, int64_t n, int64_t k_size, bool packed) {
+    w_ = w, ld_ = ld, n_ = n, k_ = k_size;
+    blocks_ = Shape::blocks(n);
+    first_packed_ = packed ? 0 : kTransposed ? blocks_ : n / Shape::units;
+    panels_.allocate((blocks_ - first_packed_) * Shape::panel_numbers(k_));
+  }
+  int64_t blocks() const { return blocks_; }
+
+  // Packing, in pieces that threads can share.
+  int64_t panels() const { return blocks_ - first_packed_; }
+  void pack(int64_t i) {
+    const int64_t j = first_packed_ + i;
+    if constexpr (kTransposed) {
+      pack_transposed<T, Gates>(w_, ld_, n_, k_, j, panels_.get() + i * Shape::panel_numbers(k_));
+    } else {
+      pack_straight(w_, ld_, n_, k_, j, panels_.get() + i * Shape::panel_numbers(k_));
+    }
+  }
+
+  // For every block of units in [block0, block1): rows of a (<= kRowBlock) times its weights, handed to
+  // use(block, rows' sums, numbers between two rows' sums). The pieces of a's columns follow one another in K.
+  template <class Use>
+  FASTSEQ_INLINE void for_each_block(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
+                                     Range blocks, const Use& use) const {
+    constexpr int NV = Shape::vectors;
+    constexpr int NB = 8 / NV;  // panels side by side for a single row
+    alignas(64) T sums[kRowBlock * Shape::width];
+    int64_t j = blocks.begin;
+    if (rows == 1 && NB > 1) {
+      for (; j + NB <= blocks.end && (j >= first_packed_ || (!kTransposed && j + NB <= first_packed_)); j += NB) {
+        const Panel panel = panel_of(j);
+        panel_product<NV, NB>(a, lda, 1, pieces, pieces_n, panel.data, panel.k, panel.block, sums);
+        for (int i = 0; i < NB; ++i) use(j + i, sums + i * Shape::width, NB * Shape::width);
+      }
+    }
+    for (; j < blocks.end; ++j) {
+      if (kTransposed && j < first_packed_) {
+        direct_product<Gates>(a + pieces[0].column, lda, rows, w_, ld_, n_, pieces[0].size, j, sums);
+      } else {
+        const Panel panel = panel_of(j);
+        panel_product<NV, 1>(a, lda, rows, pieces, pieces_n, panel.data, panel.k, 0, sums);
+      }
+      use(j, sums, Shape::width);
+    }
+  }
+
+ private:
+  struct Panel {
+    const T* data;
+    int64_t k, block;  // numbers from one k, and from one block, to the next
+  };
+  Panel panel_of(int64_t j) const {
+    if (j < first_packed_) return {w_ + j * Shape::width, ld_, Shape::width};
+    return {panels_.get() + (j - first_packed_) * Shape::panel_numbers(k_), Shape::width, Shape::panel_numbers(k_)};
+  }
+
+  const T* w_ = nullptr;
+  int64_t ld_ = 0, n_ = 0, k_ = 0, blocks_ = 0, first_packed_ = 0;
+  Workspace<T> panels_;
+};
