@@ -9,6 +9,11 @@
 
 namespace fastseq {
 
+// The upper half of a float. Kernels of it store bfloat16 and compute in float.
+struct bfloat16 {
+  uint16_t bits;
+};
+
 // Which rows are alive at a step. Rows are sorted by length, longest first, so the rows alive at step t are the first
 // rows(t) ones, and the data of all steps lie one after another without padding (torch's PackedSequence). This is the
 // one ragged mechanism: a dense batch is the case where every step has B rows and the tables are absent.

@@ -25,7 +25,7 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 Lengths = Tensor | Sequence[int]
 Pair = tuple[Tensor, Tensor]
 
-KERNEL_DTYPES = (torch.float32, torch.float64)
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # what RNNBase calls the cells that torch has
 
 
@@ -34,7 +34,7 @@ def kernel_obstacle(x: Tensor) -> str | None:
     if not x.is_cpu:
         return f"the input is on {x.device}, and the kernels run on the CPU"
     if x.dtype not in KERNEL_DTYPES:
-        return f"the input is {x.dtype}, and the kernels compute in torch.float32 and torch.float64"
+        return f"the input is {x.dtype}, and the kernels take torch.float32, torch.float64 and torch.bfloat16"
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
         return f"autocast to {torch.get_autocast_dtype('cpu')} is on, which casts inside torch's operator"
     return None

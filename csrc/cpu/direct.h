@@ -8,7 +8,7 @@
 // Rows of a by rows of w that run side by side.
 constexpr int kDotRows = 3;
 template <class T>
-constexpr int kDotColumns = Vec<T>::size < 4 ? Vec<T>::size : 4;
+constexpr int kDotColumns = Vec<Compute<T>>::size < 4 ? Vec<Compute<T>>::size : 4;
 
 // The sums of the lanes of each of `count` vectors, as the lanes 0, size / count, 2 size / count, ... of one vector.
 // The halves of a vector are added, then the quarters, ...: the same order for every count.
@@ -31,10 +31,11 @@ FASTSEQ_INLINE Vec<T> lane_sums(const Vec<T>* v, Lanes<lane...> lanes) {
 
 // to[m * ld + c] = a[m] . w[c] for MR rows of a and kDotColumns rows of w, of which the first `columns` are there.
 template <int MR, class T>
-FASTSEQ_INLINE void dot_tile(const T* a, int64_t lda, const T* w, int64_t ldw, int64_t k_size, int64_t columns, T* to,
-                             int64_t ld) {
-  using V = Vec<T>;
-  constexpr int NR = kDotColumns<T>;
+FASTSEQ_INLINE void dot_tile(const T* a, int64_t lda, const T* w, int64_t ldw, int64_t k_size, int64_t columns,
+                             Compute<T>* to, int64_t ld) {
+  using V = Vec<Compute<T>>;
+  using Step = Terms<T>;
+  constexpr int NR = kDotColumns<T>, numbers = V::size * Step::count;
   V sums[MR][NR];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
@@ -43,23 +44,30 @@ FASTSEQ_INLINE void dot_tile(const T* a, int64_t lda, const T* w, int64_t ldw, i
   const T* row[NR];
 #pragma GCC unroll 16
   for (int c = 0; c < NR; ++c) row[c] = w + (c < columns ? c : 0) * ldw;
-  const auto add = [&](int64_t k, int64_t lanes) __attribute__((always_inline)) {
+  const auto add = [&](auto part, int64_t k, int64_t valid) __attribute__((always_inline)) {
+    constexpr int p = decltype(part)::value;
     V x[MR];
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) x[m] = V::load(a + m * lda + k, lanes);
+    for (int m = 0; m < MR; ++m) x[m] = Step::template load<p>(a + m * lda + k, valid);
 #pragma GCC unroll 16
     for (int c = 0; c < NR; ++c) {
-      const V y = V::load(row[c] + k, lanes);
+      const V y = Step::template load<p>(row[c] + k, valid);
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) sums[m][c] = fma(x[m], y, sums[m][c]);
+      for (int m = 0; m < MR; ++m) sums[m][c] = Step::add(x[m], y, sums[m][c]);
     }
   };
   int64_t k = 0;
-  for (; k + V::size <= k_size; k += V::size) add(k, V::size);
-  if (k < k_size) add(k, k_size - k);
+  for (; k + numbers <= k_size; k += numbers) {
+    add(Part<0>{}, k, numbers);
+    if constexpr (Step::parts == 2) add(Part<1>{}, k, numbers);
+  }
+  if (k < k_size) {
+    add(Part<0>{}, k, k_size - k);
+    if constexpr (Step::parts == 2) add(Part<1>{}, k, k_size - k);
+  }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
-    T lanes[V::size];
+    Compute<T> lanes[V::size];
     lane_sums<NR, V::size / 2>(sums[m], typename CountLanes<V::size>::type{}).store(lanes);
 #pragma GCC unroll 16
     for (int c = 0; c < NR; ++c) to[m * ld + c] = lanes[c * (V::size / NR)];
@@ -70,14 +78,14 @@ FASTSEQ_INLINE void dot_tile(const T* a, int64_t lda, const T* w, int64_t ldw, i
 // what is past n is left as it is.
 template <int Gates, class T>
 void direct_product(const T* a, int64_t lda, int64_t rows, const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j,
-                    T* sums) {
+                    Compute<T>* sums) {
   using Shape = PanelShape<T, Gates>;
   const int64_t first = j * Shape::units;
   const int64_t valid = n - first < Shape::units ? n - first : Shape::units;
   for (int64_t g = 0; g < Gates; ++g) {
     for (int64_t u = 0; u < valid; u += kDotColumns<T>) {
       const T* from = w + (g * n + first + u) * ld;
-      T* to = sums + g * Shape::units + u;
+      Compute<T>* to = sums + g * Shape::units + u;
       int64_t r = 0;
       for (; r + kDotRows <= rows; r += kDotRows)
         dot_tile<kDotRows>(a + r * lda, lda, from, ld, k_size, valid - u, to + r * Shape::width, Shape::width);

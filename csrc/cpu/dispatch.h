@@ -15,7 +15,11 @@ template <class T>
 struct TypedKernels {
   void (*rnn_forward[kCells])(const RnnForward<T>&);
   void (*rnn_backward[kCells])(const RnnBackward<T>&);
-  // Probes for the tests of the vector mathematics: n numbers in, n out.
+};
+
+// Probes for the tests of the vector mathematics: n numbers in, n out.
+template <class T>
+struct VectorFunctions {
   void (*exp)(const T*, T*, int64_t);
   void (*sigmoid)(const T*, T*, int64_t);
   void (*tanh)(const T*, T*, int64_t);
@@ -26,9 +30,14 @@ struct Kernels {
   CellFacts cells[kCells];
   TypedKernels<float> f32;
   TypedKernels<double> f64;
+  TypedKernels<bfloat16> bf16;
+  VectorFunctions<float> functions_f32;
+  VectorFunctions<double> functions_f64;
 
   template <class T>
   const TypedKernels<T>& typed() const;
+  template <class T>
+  const VectorFunctions<T>& functions() const;
 };
 template <>
 inline const TypedKernels<float>& Kernels::typed<float>() const {
@@ -37,6 +46,18 @@ inline const TypedKernels<float>& Kernels::typed<float>() const {
 template <>
 inline const TypedKernels<double>& Kernels::typed<double>() const {
   return f64;
+}
+template <>
+inline const TypedKernels<bfloat16>& Kernels::typed<bfloat16>() const {
+  return bf16;
+}
+template <>
+inline const VectorFunctions<float>& Kernels::functions<float>() const {
+  return functions_f32;
+}
+template <>
+inline const VectorFunctions<double>& Kernels::functions<double>() const {
+  return functions_f64;
 }
 
 // The best instruction set of this build that the machine runs, or the one FASTSEQ_ISA names; chosen once. Throws

@@ -31,33 +31,60 @@ void pack_b(const Matrix<T>& b, int64_t k0, int64_t k_size, int64_t n, int64_t j
   if (b.column == 1) {
     pack_straight(b.data + k0 * b.row, b.row, n, k_size, j, panel);
   } else {
-    pack_transposed<T, 1>(b.data + k0, b.column, n, k_size, j, panel);
+    pack_transposed<1>(b.data + k0, b.column, n, k_size, j, panel);
   }
 }
 
-// Rows [i0, i0 + rows) of a transposed A, in blocks of as many as a tile has: [block][k][MR]. The last block repeats
-// nothing and holds fewer.
+// Whether A is packed: always, where a step takes several k.
+template <class T>
+bool packs(const Matrix<T>& a) {
+  return a.column != 1 || Terms<T>::count > 1;
+}
+
+// Rows [i0, i0 + rows) of A in blocks of as many as a tile has: [block][step][MR][numbers of a step], zero past K. The
+// last block may hold fewer rows.
 template <int MR, class T>
-void pack_a(const Matrix<T>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_size, T* to) {
-  for (int64_t i = 0; i < rows; i += MR) {
-    const T* from = a.data + (i0 + i) + k0 * a.column;
-    if (rows - i >= MR) {
-      for (int64_t k = 0; k < k_size; ++k, to += MR) __builtin_memcpy(to, from + k * a.column, MR * sizeof(T));
+void pack_a(const Matrix<T>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_size, typename Terms<T>::Left* to) {
+  using Left = typename Terms<T>::Left;
+  constexpr int count = Terms<T>::count;
+  const auto left = [](T x) __attribute__((always_inline)) -> Left {
+    if constexpr (sizeof(Left) == sizeof(T)) {
+      return x;
     } else {
-      for (int64_t k = 0; k < k_size; ++k, to += MR)
-        for (int64_t r = 0; r < rows - i; ++r) to[r] = from[k * a.column + r];
+      return to_compute(x);
     }
+  };
+  const int64_t steps = (k_size + count - 1) / count;
+  for (int64_t i = 0; i < rows; i += MR, to += steps * MR * count) {
+    const T* from = a.data + (i0 + i) * a.row + k0 * a.column;
+    const int64_t here = rows - i < MR ? rows - i : MR;
+    if (a.column == 1) {
+      for (int64_t r = 0; r < here; ++r)
+        for (int64_t k = 0; k < steps * count; ++k)
+          to[k / count * MR * count + r * count + k % count] = k < k_size ? left(from[r * a.row + k]) : Left{};
+      continue;
+    }
+    const int64_t whole = here == MR ? k_size / count : 0;
+    for (int64_t s = 0; s < whole; ++s)
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < count; ++c) to[(s * MR + r) * count + c] = left(from[(s * count + c) * a.column + r]);
+    for (int64_t s = whole; s < steps; ++s)
+      for (int64_t r = 0; r < here; ++r)
+        for (int c = 0; c < count; ++c)
+          to[(s * MR + r) * count + c] = s * count + c < k_size ? left(from[(s * count + c) * a.column + r]) : Left{};
   }
 }
 
 // c[MR][columns] (+)= a . panel; columns may be fewer than the panel's.
 template <int MR, int NV, class T>
-FASTSEQ_INLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_k, const T* panel, int64_t k_size, T* c, int64_t ldc,
-                              int64_t columns, bool accumulate) {
-  using V = Vec<T>;
-  constexpr int width = NV * V::size;
-  alignas(64) T sums[MR * width];
-  T* to = c;
+FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step, const T* panel,
+                              int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns, bool accumulate) {
+  using V = Vec<Compute<T>>;
+  constexpr int width = NV * V::size, count = Terms<T>::count;
+  alignas(64) Compute<T> sums[MR * width];
+  Compute<T>* to = c;
   int64_t ld = ldc;
   if (columns < width) {
     to = sums, ld = width;
@@ -66,44 +93,50 @@ FASTSEQ_INLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_k, const T* p
           .store(sums + i * V::size);
   }
   for (int64_t k = 0; k < k_size; k += kChain)
-    tile<MR, NV, 1>(a + k * a_k, a_row, a_k, panel + k * width, width, 0, k_size - k < kChain ? k_size - k : kChain, to,
-                    ld, accumulate || k > 0);
+    tile<MR, NV, 1, T>(a + k / count * a_step, a_row, a_step, panel + k * width, width * count, 0,
+                       k_size - k < kChain ? k_size - k : kChain, to, ld, accumulate || k > 0);
   if (columns < width)
     for (int i = 0; i < MR * NV; ++i)
       V::load(sums + i * V::size).store(c + i / NV * ldc + i % NV * V::size, columns - i % NV * V::size);
 }
 
 template <int MR, int NV, class T>
-FASTSEQ_INLINE void gemm_tile_remainder(int64_t rows, const T* a, int64_t a_row, int64_t a_k, const T* panel,
-                                        int64_t k_size, T* c, int64_t ldc, int64_t columns, bool accumulate) {
+FASTSEQ_INLINE void gemm_tile_remainder(int64_t rows, const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step,
+                                        const T* panel, int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns,
+                                        bool accumulate) {
   if constexpr (MR > 0) {
-    if (rows == MR) return gemm_tile<MR, NV>(a, a_row, a_k, panel, k_size, c, ldc, columns, accumulate);
-    gemm_tile_remainder<MR - 1, NV>(rows, a, a_row, a_k, panel, k_size, c, ldc, columns, accumulate);
+    if (rows == MR) return gemm_tile<MR, NV, T>(a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate);
+    gemm_tile_remainder<MR - 1, NV, T>(rows, a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate);
   }
 }
 
-// Rows [i0, i1) of C against the panels [j0, j1) of one block of K.
+// Some rows of C against some panels of one block of K.
 template <class T>
 void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, const T* panels, int64_t panel_stride,
-                Range columns, int64_t n, T* a_memory, bool accumulate, T* c, int64_t ldc) {
+                Range columns, int64_t n, typename Terms<T>::Left* a_memory, bool accumulate, Compute<T>* c,
+                int64_t ldc) {
   using Shape = PanelShape<T, 1>;
-  constexpr int NV = Shape::vectors, MR = tile_rows(NV);
+  constexpr int NV = Shape::vectors, MR = tile_rows(NV), count = Terms<T>::count;
+  const bool packed = packs(a);
+  const int64_t steps = (k_size + count - 1) / count;
+  const int64_t a_row = packed ? count : a.row, a_step = packed ? MR * count : count;
   for (int64_t i0 = rows.begin; i0 < rows.end; i0 += kGemmRows) {
-    const int64_t count = rows.end - i0 < kGemmRows ? rows.end - i0 : kGemmRows;
-    const bool packed = a.column != 1;
-    if (packed) pack_a<MR>(a, i0, count, k0, k_size, a_memory);
+    const int64_t here = rows.end - i0 < kGemmRows ? rows.end - i0 : kGemmRows;
+    if (packed) pack_a<MR>(a, i0, here, k0, k_size, a_memory);
     for (int64_t j = columns.begin; j < columns.end; ++j) {
       const T* panel = panels + j * panel_stride;
-      T* to = c + i0 * ldc + j * Shape::width;
+      Compute<T>* to = c + i0 * ldc + j * Shape::width;
       const int64_t valid = n - j * Shape::width;
-      for (int64_t i = 0; i < count; i += MR) {
-        const T* from = packed ? a_memory + i * k_size : a.data + (i0 + i) * a.row + k0;
-        const int64_t a_row = packed ? 1 : a.row, a_k = packed ? MR : 1;
-        if (count - i >= MR) {
-          gemm_tile<MR, NV>(from, a_row, a_k, panel, k_size, to + i * ldc, ldc, valid, accumulate);
+      for (int64_t i = 0; i < here; i += MR) {
+        const typename Terms<T>::Left* from = a_memory + i * steps * count;
+        if constexpr (count == 1) {
+          if (!packed) from = a.data + (i0 + i) * a.row + k0;
+        }
+        if (here - i >= MR) {
+          gemm_tile<MR, NV, T>(from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate);
         } else {
-          gemm_tile_remainder<MR - 1, NV>(
-              count - i, from, a_row, a_k, panel, k_size, to + i * ldc, ldc, valid, accumulate);
+          gemm_tile_remainder<MR - 1, NV, T>(
+              here - i, from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate);
         }
       }
     }
@@ -135,31 +168,33 @@ void gemm_few_rows(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>
   });
 }
 
-// C (m, n) (+)= A B.
+// C (m, n) (+)= A B, C of the type that is computed in.
 template <class T>
-void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, bool accumulate, T* c,
-          int64_t ldc) {
+void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, bool accumulate,
+          Compute<T>* c, int64_t ldc) {
   using Shape = PanelShape<T, 1>;
   if (m <= 0 || n <= 0) return;
   if (k <= 0) {
     if (!accumulate)
-      for (int64_t i = 0; i < m; ++i) memset(c + i * ldc, 0, n * sizeof(T));
+      for (int64_t i = 0; i < m; ++i) memset(c + i * ldc, 0, n * sizeof(Compute<T>));
     return;
   }
-  if (m <= kRowsInPlace && a.column == 1 && b.column == 1)
-    return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
+  if constexpr (Terms<T>::count == 1)  // rows of pairs lie nowhere
+    if (m <= kRowsInPlace && a.column == 1 && b.column == 1)
+      return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
   const int64_t panels = Shape::blocks(n);
   const int64_t blocks = (k + kGemmK - 1) / kGemmK;
   const int64_t depth = blocks == 1 ? k : ((k + blocks - 1) / blocks + kChain - 1) / kChain * kChain;  // whole chains
   const int64_t panel_stride = Shape::panel_numbers(depth);  // of shorter blocks too: threads may be a block apart
   const int64_t block_numbers = panels * panel_stride, buffers = depth < k ? 2 : 1;
-  const int64_t a_numbers = a.column != 1 ? kGemmRows * depth : 0;
+  const int64_t a_numbers = packs(a) ? kGemmRows * (depth + depth % Terms<T>::count) : 0;
   const int wanted = m * n * k >= kGemmToShare ? threads : 1;
-  Workspace<T> memory;
-  T* const all = memory.allocate(buffers * block_numbers + wanted * a_numbers);
+  Workspace<T> b_memory;
+  Workspace<typename Terms<T>::Left> a_memory;
+  T* const b_all = b_memory.allocate(buffers * block_numbers);
+  auto* const a_all = a_memory.allocate(wanted * a_numbers);
   Barrier barrier;
   parallel(wanted, [&](int member, int team) {
-    T* const a_memory = all + buffers * block_numbers + member * a_numbers;
     // The longer side is shared.
     constexpr int MR = tile_rows(Shape::vectors);
     const int64_t tiles = (m + MR - 1) / MR;
@@ -169,11 +204,12 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
     const Range columns = share_rows ? Range{0, panels} : part(panels, member, team);
     for (int64_t k0 = 0, i = 0; k0 < k; k0 += depth, ++i) {
       const int64_t k_size = k - k0 < depth ? k - k0 : depth;
-      T* const block = all + i % buffers * block_numbers;  // one is packed while others still read the one before it
+      T* const block = b_all + i % buffers * block_numbers;  // one is packed while others still read the one before it
       const Range mine = share_rows ? part(panels, member, team) : columns;
       for (int64_t j = mine.begin; j < mine.end; ++j) pack_b(b, k0, k_size, n, j, block + j * panel_stride);
       if (share_rows) barrier.wait(team);
-      gemm_block(a, rows, k0, k_size, block, panel_stride, columns, n, a_memory, accumulate || k0 > 0, c, ldc);
+      gemm_block(a, rows, k0, k_size, block, panel_stride, columns, n, a_all + member * a_numbers, accumulate || k0 > 0,
+                 c, ldc);
     }
   });
 }

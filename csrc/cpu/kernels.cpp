@@ -31,6 +31,7 @@ namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
 #include "vec.h"
 #include "vec_math.h"
 #include "../cells.h"
+#include "terms.h"
 #include "panel.h"
 #include "parallel.h"
 #include "workspace.h"
@@ -55,10 +56,11 @@ constexpr TypedKernels<T> typed_kernels() {
 #define X(name, type) rnn_backward<type, T>,
       {FASTSEQ_FOR_EACH_CELL(X)},
 #undef X
-      map<T, exp<T>>,
-      map<T, sigmoid<T>>,
-      map<T, tanh<T>>,
   };
+}
+template <class T>
+constexpr VectorFunctions<T> vector_functions() {
+  return {map<T, exp<T>>, map<T, sigmoid<T>>, map<T, tanh<T>>};
 }
 
 extern const Kernels kTable;
@@ -69,6 +71,9 @@ const Kernels kTable = {
 #undef X
     typed_kernels<float>(),
     typed_kernels<double>(),
+    typed_kernels<bfloat16>(),
+    vector_functions<float>(),
+    vector_functions<double>(),
 };
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE

@@ -1,8 +1,9 @@
 // The matrix product inside a step: a few rows times one packed panel of weights, the sums held in registers.
 //
-// A panel holds NV vectors of output units for every k, k slowest: [K][NV][V]. Rows of a product are summed in chains
-// of kChain terms along K, the chains added in order. The order depends on K alone, never on how many rows are computed
-// together or on which thread, so a row's result does not depend on its company.
+// A panel holds NV vectors of output units for every k, k slowest: [K][NV][V]; of bfloat16 for every two k, side by
+// side in a lane: [K/2][NV][V][2], zero past the last. Rows of a product are summed in chains of kChain terms along K,
+// the chains added in order. The order depends on K alone, never on how many rows are computed together or on which
+// thread, so a row's result does not depend on its company.
 #pragma once
 
 constexpr int64_t kChain = 64;
@@ -20,13 +21,15 @@ constexpr int kWideVectors = 2;
 // The shape of one product's panels: `gates` planes of `unit_vectors` vectors side by side.
 template <class T, int Gates>
 struct PanelShape {
+  using V = Vec<Compute<T>>;
   static constexpr int gates = Gates;
   static constexpr int unit_vectors = Gates == 1 ? kWideVectors : 1;
-  static constexpr int vectors = gates * unit_vectors;       // NV
-  static constexpr int units = unit_vectors * Vec<T>::size;  // output units a panel covers
-  static constexpr int width = vectors * Vec<T>::size;       // numbers a k
+  static constexpr int vectors = gates * unit_vectors;  // NV
+  static constexpr int units = unit_vectors * V::size;  // output units a panel covers
+  static constexpr int width = vectors * V::size;       // sums a row
+  static constexpr int step = width * Terms<T>::count;  // numbers of a panel that are taken at a time
   static constexpr int64_t blocks(int64_t n) { return (n + units - 1) / units; }
-  static constexpr int64_t panel_numbers(int64_t k) { return k * width; }
+  static constexpr int64_t panel_numbers(int64_t k) { return (k + Terms<T>::count - 1) / Terms<T>::count * step; }
 };
 
 // A transposition, a step at a time: of each two rows D apart, the off-diagonal blocks of D by D lanes change places.
@@ -45,118 +48,151 @@ FASTSEQ_INLINE void swap_blocks(Vec<T>* rows, Lanes<lane...> lanes) {
   }
 }
 
-// to[k][u] = from[u][k] for as many k and u as a vector has lanes.
+// to[k][u] = from[u][k] for as many u as a vector has lanes, and as many k, or, of bfloat16, pairs of k.
 template <class T>
 FASTSEQ_INLINE void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_to) {
-  using V = Vec<T>;
+  using V = Vec<Compute<T>>;  // for its lanes: nothing is computed
   V rows[V::size];
 #pragma GCC unroll 16
-  for (int i = 0; i < V::size; ++i) rows[i] = V::load(from + i * ld_from);
+  for (int i = 0; i < V::size; ++i) __builtin_memcpy(&rows[i].v, from + i * ld_from, sizeof rows[i].v);
   swap_blocks<1>(rows, typename CountLanes<V::size>::type{});
 #pragma GCC unroll 16
-  for (int i = 0; i < V::size; ++i) rows[i].store(to + i * ld_to);
+  for (int i = 0; i < V::size; ++i) __builtin_memcpy(to + i * ld_to, &rows[i].v, sizeof rows[i].v);
+}
+
+// Where the panel keeps (k, u), u a lane of some vector.
+template <class Shape>
+FASTSEQ_INLINE int64_t panel_place(int64_t k, int64_t u) {
+  constexpr int count = Shape::step / Shape::width;
+  return k / count * Shape::step + u * count + k % count;
 }
 
 // w is (Gates*n, K) row-major, ld numbers between rows, the product is a W^T: panel j, k, gate g, lane u =
-// w[g*n + j*units + u][k]; zero past n.
-template <class T, int Gates>
+// w[g*n + j*units + u][k]; zero past n and past K.
+template <int Gates, class T>
 void pack_transposed(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j, T* panel) {
   using Shape = PanelShape<T, Gates>;
-  constexpr int64_t V = Vec<T>::size;
+  constexpr int64_t V = Shape::V::size, count = Terms<T>::count;
   const int64_t first = j * Shape::units;
   const int64_t valid = n - first < Shape::units ? n - first : Shape::units;
-  for (int64_t k0 = 0; k0 < k_size; k0 += V) {  // whole cache lines of the panel at a time
-    const int64_t k1 = k0 + V < k_size ? k0 + V : k_size;
+  const int64_t padded = (k_size + count - 1) / count * count;
+  for (int64_t k0 = 0; k0 < padded; k0 += V * count) {  // whole cache lines of the panel at a time
+    const int64_t k1 = k0 + V * count < padded ? k0 + V * count : padded;
     for (int64_t g = 0; g < Gates; ++g) {
       for (int64_t u0 = 0; u0 < Shape::units; u0 += V) {
         const T* from = w + (g * n + first + u0) * ld;
-        T* to = panel + g * Shape::units + u0;
-        if (u0 + V <= valid && k0 + V <= k_size) {
-          transpose(from + k0, ld, to + k0 * Shape::width, Shape::width);
+        const int64_t lane0 = g * Shape::units + u0;
+        if (u0 + V <= valid && k0 + V * count <= k_size) {
+          transpose(from + k0, ld, panel + panel_place<Shape>(k0, lane0), Shape::step);
           continue;
         }
         for (int64_t u = 0; u < V; ++u)
-          for (int64_t k = k0; k < k1; ++k) to[k * Shape::width + u] = u0 + u < valid ? from[u * ld + k] : T(0);
+          for (int64_t k = k0; k < k1; ++k)
+            panel[panel_place<Shape>(k, lane0 + u)] = u0 + u < valid && k < k_size ? from[u * ld + k] : T{};
       }
     }
   }
 }
 
 // w is (K, n) row-major, ld numbers between rows, the product is a W: panel j, k, lane u = w[k][j*units + u]; zero
-// past n.
+// past n and past K.
 template <class T>
 void pack_straight(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j, T* panel) {
   using Shape = PanelShape<T, 1>;
+  constexpr int count = Terms<T>::count;
   const int64_t first = j * Shape::units;
   const int64_t valid = n - first < Shape::units ? n - first : Shape::units;
-  for (int64_t k = 0; k < k_size; ++k) {
-    T* to = panel + k * Shape::width;
+  for (int64_t k = 0; k < k_size; k += count) {
+    T* to = panel + panel_place<Shape>(k, 0);
     const T* from = w + k * ld + first;
-    if (valid == Shape::units) {
+    if (valid < Shape::units || k + count > k_size) {
+      for (int64_t u = 0; u < Shape::units; ++u)
+        for (int i = 0; i < count; ++i) to[u * count + i] = u < valid && k + i < k_size ? from[i * ld + u] : T{};
+    } else if constexpr (count == 1) {
       __builtin_memcpy(to, from, Shape::units * sizeof(T));  // of a size known here: no call
     } else {
-      for (int64_t u = 0; u < Shape::units; ++u) to[u] = u < valid ? from[u] : T(0);
+#pragma GCC unroll 64
+      for (int u = 0; u < Shape::units; ++u) {
+        to[2 * u] = from[u];
+        to[2 * u + 1] = from[ld + u];
+      }
     }
   }
 }
 
 // sums[m][nb][NV*V] (+)= a[m][0..k) . panel nb, for MR rows and NB panels side by side: one chain. NB > 1 gives a
-// single row enough independent sums to hide the latency of the fused multiply-add. a[m][k] is at a[m * lda + k * a_k],
-// the vectors of the panel for k at panel + k * panel_k.
+// single row enough independent sums to hide the latency of the fused multiply-add. The numbers of step s of row m are
+// at a[m * a_row + s * a_step], those of the panel at panel + s * panel_step; both have whole steps.
 template <int MR, int NV, int NB, class T>
-FASTSEQ_INLINE void tile(const T* a, int64_t lda, int64_t a_k, const T* panel, int64_t panel_k, int64_t panel_stride,
-                         int64_t k_size, T* sums, int64_t ld_sums, bool accumulate) {
-  using V = Vec<T>;
+FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step, const T* panel,
+                         int64_t panel_step, int64_t panel_stride, int64_t k_size, Compute<T>* sums, int64_t ld_sums,
+                         bool accumulate) {
+  using V = Vec<Compute<T>>;
+  using Step = Terms<T>;
   V c[MR][NB * NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 16
     for (int i = 0; i < NB * NV; ++i) c[m][i] = V(0);
-  for (int64_t k = 0; k < k_size; ++k) {
+  const auto add = [&](auto part, int64_t s) __attribute__((always_inline)) {
+    constexpr int p = decltype(part)::value;
+    const auto weights = [&](int i) __attribute__((always_inline)) {
+      return Step::template load<p>(
+          panel + (i / NV) * panel_stride + s * panel_step + (i % NV) * V::size * Step::count);
+    };
+    const auto row = [&](int m) __attribute__((always_inline)) {
+      return Step::template broadcast<p>(a + m * a_row + s * a_step);
+    };
     if constexpr (MR < NV) {  // fewer rows than vectors: the rows' broadcasts stay in registers, the weights stream
       V b[MR];
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; ++m) b[m] = V::broadcast(a[m * lda + k * a_k]);
+      for (int m = 0; m < MR; ++m) b[m] = row(m);
 #pragma GCC unroll 16
       for (int i = 0; i < NB * NV; ++i) {
-        const V w = V::load(panel + (i / NV) * panel_stride + k * panel_k + (i % NV) * V::size);
+        const V w = weights(i);
 #pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) c[m][i] = fma(b[m], w, c[m][i]);
+        for (int m = 0; m < MR; ++m) c[m][i] = Step::add(b[m], w, c[m][i]);
       }
     } else {
       V w[NB * NV];
 #pragma GCC unroll 16
-      for (int i = 0; i < NB * NV; ++i)
-        w[i] = V::load(panel + (i / NV) * panel_stride + k * panel_k + (i % NV) * V::size);
+      for (int i = 0; i < NB * NV; ++i) w[i] = weights(i);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
-        const V b = V::broadcast(a[m * lda + k * a_k]);
+        const V b = row(m);
 #pragma GCC unroll 16
-        for (int i = 0; i < NB * NV; ++i) c[m][i] = fma(b, w[i], c[m][i]);
+        for (int i = 0; i < NB * NV; ++i) c[m][i] = Step::add(b, w[i], c[m][i]);
       }
     }
+  };
+  const int64_t steps = (k_size + Step::count - 1) / Step::count;
+  for (int64_t s = 0; s < steps; ++s) {
+    add(Part<0>{}, s);
+    if constexpr (Step::parts == 2) add(Part<1>{}, s);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 16
     for (int i = 0; i < NB * NV; ++i) {
-      T* to = sums + m * ld_sums + i * V::size;
+      Compute<T>* to = sums + m * ld_sums + i * V::size;
       (accumulate ? V::load(to) + c[m][i] : c[m][i]).store(to);
     }
   }
 }
 
-// One piece of K: a's columns, and the panel's rows that go with them.
+// One piece of K: a's columns, and the panel's rows that go with them. All but the last have whole steps.
 struct KPiece {
   int64_t column, size;
 };
 
 template <int MR, int NV, class T>
-FASTSEQ_INLINE void tile_remainder(int64_t rows, const T* a, int64_t lda, const T* panel, int64_t panel_k,
-                                   int64_t k_size, T* sums, bool accumulate) {
+FASTSEQ_INLINE void tile_remainder(int64_t rows, const typename Terms<T>::Left* a, int64_t lda, const T* panel,
+                                   int64_t panel_step, int64_t k_size, Compute<T>* sums, bool accumulate) {
   if constexpr (MR > 0) {
-    if (rows == MR) return tile<MR, NV, 1>(a, lda, 1, panel, panel_k, 0, k_size, sums, NV * Vec<T>::size, accumulate);
-    tile_remainder<MR - 1, NV>(rows, a, lda, panel, panel_k, k_size, sums, accumulate);
+    if (rows == MR)
+      return tile<MR, NV, 1, T>(
+          a, lda, Terms<T>::count, panel, panel_step, 0, k_size, sums, NV * Vec<Compute<T>>::size, accumulate);
+    tile_remainder<MR - 1, NV, T>(rows, a, lda, panel, panel_step, k_size, sums, accumulate);
   }
 }
 
@@ -164,26 +200,38 @@ FASTSEQ_INLINE void tile_remainder(int64_t rows, const T* a, int64_t lda, const 
 // panel.
 template <int NV, int NB, class T>
 void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, const T* panel,
-                   int64_t panel_k, int64_t panel_stride, T* sums) {
-  constexpr int width = NV * Vec<T>::size;
+                   int64_t panel_step, int64_t panel_stride, Compute<T>* sums) {
+  using Left = typename Terms<T>::Left;
+  constexpr int width = NV * Vec<Compute<T>>::size, count = Terms<T>::count;
   constexpr int MR = tile_rows(NV);
+  static_assert(kChain % count == 0, "a chain has whole steps");
+  constexpr bool copies = count > 1;  // rows may be odd, and Left may be another type
+  alignas(64) Left memory[copies ? (NB > 1 ? 1 : kRowBlock) * kChain : 1];
   bool accumulate = false;
   for (int p = 0; p < pieces_n; ++p) {
     for (int64_t k0 = 0; k0 < pieces[p].size; k0 += kChain) {
       const int64_t k_size = pieces[p].size - k0 < kChain ? pieces[p].size - k0 : kChain;
-      const T* columns = a + pieces[p].column + k0;
+      const T* from = a + pieces[p].column + k0;
+      const Left* columns = memory;
+      int64_t ld = kChain;
+      if constexpr (copies) {
+        for (int64_t r = 0; r < rows; ++r) to_left(from + r * lda, k_size, memory + r * kChain);
+      } else {
+        columns = from, ld = lda;
+      }
       if constexpr (NB > 1) {
-        tile<1, NV, NB>(columns, lda, 1, panel, panel_k, panel_stride, k_size, sums, NB * width, accumulate);
+        tile<1, NV, NB, T>(columns, ld, count, panel, panel_step, panel_stride, k_size, sums, NB * width, accumulate);
       } else {
         int64_t r = 0;
         for (; r + MR <= rows; r += MR)
-          tile<MR, NV, 1>(columns + r * lda, lda, 1, panel, panel_k, 0, k_size, sums + r * width, width, accumulate);
-        tile_remainder<MR - 1, NV>(
-            rows - r, columns + r * lda, lda, panel, panel_k, k_size, sums + r * width, accumulate);
+          tile<MR, NV, 1, T>(
+              columns + r * ld, ld, count, panel, panel_step, 0, k_size, sums + r * width, width, accumulate);
+        tile_remainder<MR - 1, NV, T>(
+            rows - r, columns + r * ld, ld, panel, panel_step, k_size, sums + r * width, accumulate);
       }
       accumulate = true;
-      panel += k_size * panel_k;
+      panel += k_size / count * panel_step;
     }
   }
-  if (!accumulate) memset(sums, 0, rows * NB * width * sizeof(T));  // an empty sum
+  if (!accumulate) memset(sums, 0, rows * NB * width * sizeof(Compute<T>));  // an empty sum
 }

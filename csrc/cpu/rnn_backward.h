@@ -11,8 +11,9 @@
 // out[j] (+)= sum over rows of a[row][j], in chains of kChain rows. Strips of columns that fill a few cache lines: one
 // vector at a time would touch every page of a once for each vector.
 template <class T>
-void column_sums(int threads, const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate, T* out) {
-  using V = Vec<T>;
+void column_sums(int threads, const T* a, int64_t lda, int64_t rows, int64_t columns, bool accumulate,
+                 Compute<T>* out) {
+  using V = Vec<Compute<T>>;
   constexpr int kStrip = 8;
   constexpr int64_t kWidth = kStrip * V::size;
   const int64_t strips = (columns + kWidth - 1) / kWidth;
@@ -43,7 +44,8 @@ void column_sums(int threads, const T* a, int64_t lda, int64_t rows, int64_t col
 template <class Cell, class T>
 class BackwardDirection {
  public:
-  using V = Vec<T>;
+  using A = Compute<T>;
+  using V = Vec<A>;
   using Shape = PanelShape<T, 1>;
 
   void prepare(const RnnBackward<T>& p, int direction, int64_t chunk_steps) {
@@ -59,10 +61,12 @@ class BackwardDirection {
     const int64_t B = p.schedule.batch;
     const int64_t chunk_rows = (chunk_steps < p.schedule.steps ? chunk_steps : p.schedule.steps) * B;
     dg_.allocate(chunk_rows * ldg_);
-    carry_ = p.d_h0 ? p.d_h0 + d_ * B * hout_ : carry_memory_.allocate(B * hout_);
+    d_h0_.open(p.d_h0 ? p.d_h0 + d_ * B * hout_ : nullptr, B * hout_, true);
+    carry_ = d_h0_.get();
     copy_or_zero(carry_, p.d_h_n ? p.d_h_n + d_ * B * hout_ : nullptr, B * hout_);
     if (Cell::cell_state) {
-      dc_ = p.d_c0 ? p.d_c0 + d_ * B * H_ : dc_memory_.allocate(B * H_);
+      d_c0_.open(p.d_c0 ? p.d_c0 + d_ * B * H_ : nullptr, B * H_, true);
+      dc_ = d_c0_.get();
       copy_or_zero(dc_, p.d_c_n ? p.d_c_n + d_ * B * H_ : nullptr, B * H_);
     }
     zeros_.zeros(H_ > hout_ ? H_ : hout_);
@@ -72,7 +76,13 @@ class BackwardDirection {
       d_projected_.allocate(chunk_rows * hout_);
       projection_.prepare(w_.w_hr, H_, H_, hout_, packed_);
     }
-    if (p.schedule.batch_sizes && p.grads[d_].w_hh) h_prev_.allocate(chunk_rows * hout_);
+    const DirectionGrads<T>& grads = p.grads[d_];
+    d_w_ih_.open(grads.w_ih, GH_ * p.input_size);
+    d_w_hh_.open(grads.w_hh, GH_ * hout_);
+    d_b_ih_.open(grads.b_ih, GH_);
+    d_b_hh_.open(grads.b_hh, GH_);
+    d_w_hr_.open(grads.w_hr, hout_ * H_);
+    if (p.schedule.batch_sizes && grads.w_hh) h_prev_.allocate(chunk_rows * hout_);
     int64_t k = 0;
     for (const GateRun& run : Cell::hidden_runs) runs_[k++] = {run.plane * H_, run.count * H_};
   }
@@ -103,29 +113,34 @@ class BackwardDirection {
   }
 
   // What the chunk's dg gives, one product or reduction each; `first` overwrites, later chunks add.
-  void gradients(bool first, bool add_to_dx) {
+  void gradients(bool first, A* dx, bool add_to_dx) {
     const int64_t rows = rows_.end - rows_.begin, I = p_->input_size;
-    const DirectionGrads<T>& out = p_->grads[d_];
-    const Matrix<T> dg = columns_of(dg_.get(), ldg_);  // transposed
-    if (p_->dx)
-      gemm(p_->threads, rows, I, GH_, rows_of(dg_.get(), ldg_), rows_of(w_.w_ih, I), add_to_dx,
-           p_->dx + rows_.begin * I, I);
-    if (out.w_ih) gemm(p_->threads, GH_, I, rows, dg, rows_of(p_->x + rows_.begin * I, I), !first, out.w_ih, I);
-    if (out.w_hh) weight_hh(first, out.w_hh);
-    if (out.w_hr)
-      gemm(p_->threads, hout_, H_, rows, columns_of(d_projected_.get(), hout_),
-           rows_of(p_->emitted[d_] + rows_.begin * H_, H_), !first, out.w_hr, H_);
-    if (out.b_ih) column_sums(p_->threads, dg_.get(), ldg_, rows, GH_, !first, out.b_ih);
-    if (out.b_hh) {
+    const int threads = p_->threads;
+    if (dx)
+      gemm(threads, rows, I, GH_, rows_of(dg_.get(), ldg_), rows_of(w_.w_ih, I), add_to_dx, dx + rows_.begin * I, I);
+    if (A* out = d_w_ih_.get())
+      gemm(threads, GH_, I, rows, columns_of(dg_.get(), ldg_), rows_of(p_->x + rows_.begin * I, I), !first, out, I);
+    if (A* out = d_w_hh_.get()) weight_hh(first, out);
+    if (A* out = d_w_hr_.get())
+      gemm(threads, hout_, H_, rows, columns_of(d_projected_.get(), hout_),
+           rows_of(p_->emitted[d_] + rows_.begin * H_, H_), !first, out, H_);
+    if (A* out = d_b_ih_.get()) column_sums(threads, dg_.get(), ldg_, rows, GH_, !first, out);
+    if (A* out = d_b_hh_.get()) {
       constexpr bool same = Cell::runs == 1 && Cell::grads == Cell::gates;  // dgh is dgx
-      if (same && out.b_ih) {
-        memcpy(out.b_hh, out.b_ih, GH_ * sizeof(T));
+      if (same && d_b_ih_.get()) {
+        memcpy(out, d_b_ih_.get(), GH_ * sizeof(A));
       } else {
         for (const GateRun& run : Cell::hidden_runs)
-          column_sums(
-              p_->threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first, out.b_hh + run.gate * H_);
+          column_sums(threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first, out + run.gate * H_);
       }
     }
+  }
+
+  void finish_weights() {
+    for (Result<T>* result : {&d_w_ih_, &d_w_hh_, &d_b_ih_, &d_b_hh_, &d_w_hr_}) result->close(p_->threads);
+  }
+  void finish_states() {
+    for (Result<T>* result : {&d_h0_, &d_c0_}) result->close(p_->threads);
   }
 
  private:
@@ -139,12 +154,13 @@ class BackwardDirection {
     const int64_t n0 = p_->schedule.offset(t);
     const int64_t j0 = blocks.begin * Shape::units, j1 = blocks.end * Shape::units;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      T* carry = carry_ + r * hout_;
+      A* carry = carry_ + r * hout_;
       T* to = d_projected_.get() + (n0 + r - rows_.begin) * hout_;
       const T* d_output = p_->d_output ? p_->d_output + (n0 + r) * ldo_ + d_ * hout_ : zeros_.get();
-      for (int64_t j = j0; j < (j1 < hout_ ? j1 : hout_); ++j) {
-        to[j] = carry[j] + d_output[j];
-        carry[j] = T(0);
+      for (int64_t j = j0; j < (j1 < hout_ ? j1 : hout_); j += V::size) {
+        const int64_t valid = hout_ - j;
+        (V::load(carry + j, valid) + V::load(d_output + j, valid)).store(to + j, valid);
+        V(0).store(carry + j, valid);
       }
     }
   }
@@ -187,7 +203,7 @@ class BackwardDirection {
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
       projection_.for_each_block(
-          dh + r0 * hout_, hout_, count, k, 1, units, [&](int64_t block, const T* sums, int64_t ld_sums) {
+          dh + r0 * hout_, hout_, count, k, 1, units, [&](int64_t block, const A* sums, int64_t ld_sums) {
             for (int64_t i = 0; i < count; ++i)
               for (int u = 0; u < Shape::unit_vectors; ++u) {
                 const int64_t j = block * Shape::units + u * V::size;
@@ -228,12 +244,12 @@ class BackwardDirection {
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
       hidden_.for_each_block(
-          dg + r0 * ldg_, ldg_, count, runs_, Cell::runs, blocks, [&](int64_t block, const T* sums, int64_t ld_sums) {
+          dg + r0 * ldg_, ldg_, count, runs_, Cell::runs, blocks, [&](int64_t block, const A* sums, int64_t ld_sums) {
             for (int64_t i = 0; i < count; ++i)
               for (int u = 0; u < Shape::unit_vectors; ++u) {
                 const int64_t j = block * Shape::units + u * V::size, valid = hout_ - j;
                 if (valid <= 0) break;
-                T* carry = carry_ + (r0 + i) * hout_ + j;
+                A* carry = carry_ + (r0 + i) * hout_ + j;
                 const V sum = V::load(sums + i * ld_sums + u * V::size);
                 (V::load(carry, valid) + sum).store(carry, valid);
               }
@@ -241,7 +257,7 @@ class BackwardDirection {
     }
   }
 
-  void weight_hh(bool first, T* out) {
+  void weight_hh(bool first, A* out) {
     const Schedule& schedule = p_->schedule;
     const int64_t B = schedule.batch;
     if (schedule.batch_sizes) {  // a row's predecessor is at no fixed distance: gather
@@ -272,10 +288,10 @@ class BackwardDirection {
     if (end > begin) {
       accumulate_hh(begin, end - begin, output_row(walk_.reverse ? begin + B : begin - B), ldo_, accumulate, out);
     } else if (!accumulate) {
-      memset(out, 0, GH_ * hout_ * sizeof(T));
+      memset(out, 0, GH_ * hout_ * sizeof(A));
     }
   }
-  void accumulate_hh(int64_t n, int64_t rows, const T* h_prev, int64_t ldh, bool accumulate, T* out) {
+  void accumulate_hh(int64_t n, int64_t rows, const T* h_prev, int64_t ldh, bool accumulate, A* out) {
     for (const GateRun& run : Cell::hidden_runs)
       gemm(p_->threads, run.count * H_, hout_, rows, columns_of(dg_row(n) + run.plane * H_, ldg_), rows_of(h_prev, ldh),
            accumulate, out + run.gate * H_ * hout_, hout_);
@@ -288,24 +304,28 @@ class BackwardDirection {
   int64_t H_ = 0, GH_ = 0, hout_ = 0, ldo_ = 0, ldg_ = 0;
   bool packed_ = false;
   Range rows_{};                        // packed rows of the chunk
-  T *carry_ = nullptr, *dc_ = nullptr;  // (B, Hout), (B, H): where the walk ends, dL/dh0 and dL/dc0
+  A *carry_ = nullptr, *dc_ = nullptr;  // (B, Hout), (B, H): where the walk ends, dL/dh0 and dL/dc0
   KPiece runs_[Cell::runs];
   StepWeights<1, T, false> hidden_, projection_;
-  Workspace<T> dg_, carry_memory_, dc_memory_, d_projected_, zeros_, h_prev_;
+  Result<T> d_h0_, d_c0_, d_w_ih_, d_w_hh_, d_b_ih_, d_b_hh_, d_w_hr_;
+  Workspace<T> dg_, d_projected_, zeros_, h_prev_;
 };
 
 template <class Cell, class T>
 void rnn_backward(const RnnBackward<T>& p) {
   BackwardDirection<Cell, T> directions[2];
   const int64_t T_ = p.schedule.steps;
-  const int64_t chunk = steps_per_chunk(p.schedule, Cell::grads * p.hidden_size * sizeof(T), kBackwardChunkBytes);
+  const int64_t row_bytes = Cell::grads * p.hidden_size * sizeof(T);
+  const int64_t chunk = steps_per_chunk(p.schedule, row_bytes, kBackwardChunkBytes);
   for (int d = 0; d < p.directions; ++d) directions[d].prepare(p, d, chunk);
   if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
     const int64_t panels = directions[0].panels();
     parallel_for(p.threads, panels * p.directions, [&](int64_t i) { directions[i / panels].pack(i % panels); });
     // The directions reach a chunk's rows at different times: then both add to zeros.
     const bool dx_from_zero = p.directions == 2 && chunk < T_;
-    if (p.dx && dx_from_zero) memset(p.dx, 0, p.schedule.total_rows() * p.input_size * sizeof(T));
+    Result<T> dx;
+    dx.open(p.dx, p.schedule.total_rows() * p.input_size);
+    if (p.dx && dx_from_zero) memset(dx.get(), 0, p.schedule.total_rows() * p.input_size * sizeof(Compute<T>));
     for (int64_t s1 = T_; s1 > 0; s1 -= chunk) {
       const int64_t s0 = s1 > chunk ? s1 - chunk : 0;
       for (int d = 0; d < p.directions; ++d) directions[d].begin_chunk(s0, s1);
@@ -313,7 +333,10 @@ void rnn_backward(const RnnBackward<T>& p) {
                [&](int d, Range rows, int member, int members, Barrier& barrier) {
                  directions[d].run(s0, s1, rows, member, members, barrier);
                });
-      for (int d = 0; d < p.directions; ++d) directions[d].gradients(s1 == T_, dx_from_zero || d == 1);
+      for (int d = 0; d < p.directions; ++d) directions[d].gradients(s1 == T_, dx.get(), dx_from_zero || d == 1);
     }
+    dx.close(p.threads);
+    for (int d = 0; d < p.directions; ++d) directions[d].finish_weights();
   }
+  for (int d = 0; d < p.directions; ++d) directions[d].finish_states();
 }

@@ -15,14 +15,48 @@ constexpr int64_t kChunkBytes = 8 << 20;           // gx computed ahead of the s
 constexpr int64_t kBackwardChunkBytes = 16 << 20;  // dg kept for the weight gradients
 constexpr int64_t kChunkRows = 1024;               // at least: the GEMM packs its weights once a chunk
 
-template <class T>
-void copy_or_zero(T* to, const T* from, int64_t numbers) {
-  if (from) {
-    memcpy(to, from, numbers * sizeof(T));
+// Between types, too: the one that is stored and the one that is computed in.
+template <class To, class From>
+void copy_or_zero(To* to, const From* from, int64_t numbers) {
+  using V = Vec<Compute<To>>;
+  if (!from) {
+    memset(static_cast<void*>(to), 0, numbers * sizeof(To));
+  } else if (sizeof(To) == sizeof(From)) {
+    memcpy(static_cast<void*>(to), from, numbers * sizeof(To));
   } else {
-    memset(to, 0, numbers * sizeof(T));
+    for (int64_t i = 0; i < numbers; i += V::size) V::load(from + i, numbers - i).store(to + i, numbers - i);
   }
 }
+
+// Where sums grow in the type that is computed in: the caller's memory, or, where that is of another type, memory of
+// its own, which is rounded once, into the caller's, at the end.
+template <class T>
+class Result {
+ public:
+  using A = Compute<T>;
+
+  // Null, if nobody asked and it is not needed anyway.
+  void open(T* to, int64_t numbers, bool needed = false) {
+    to_ = to, numbers_ = numbers;
+    if constexpr (sizeof(A) == sizeof(T)) data_ = to;
+    if (!data_ && (to || needed)) data_ = memory_.allocate(numbers);
+  }
+  A* get() const { return data_; }
+  void close(int threads) {
+    if (sizeof(A) == sizeof(T) || !to_) return;
+    constexpr int64_t kGrain = 1 << 14;
+    parallel_for(numbers_ >= kNumbersToShare ? threads : 1, (numbers_ + kGrain - 1) / kGrain, [&](int64_t i) {
+      const int64_t begin = i * kGrain, end = begin + kGrain < numbers_ ? begin + kGrain : numbers_;
+      copy_or_zero(to_ + begin, data_ + begin, end - begin);
+    });
+  }
+
+ private:
+  T* to_ = nullptr;
+  A* data_ = nullptr;
+  int64_t numbers_ = 0;
+  Workspace<A> memory_;
+};
 
 // A direction walks the steps s = 0..T-1 in its own order: t = s, or t = T-1-s for the reverse one.
 struct Walk {

@@ -12,7 +12,11 @@ template <class Cell, class T>
 class ForwardDirection {
  public:
   static_assert(Cell::kept == 0 || Cell::kept >= Cell::gates, "the kept planes take the place of gx");
-  using V = Vec<T>;
+  // Whether numbers are computed in the type in which they are stored. Otherwise gx, and c from step to step, have
+  // memory of their own.
+  static constexpr bool kSameType = sizeof(Compute<T>) == sizeof(T);
+  using A = Compute<T>;
+  using V = Vec<A>;
   using Hidden = PanelShape<T, Cell::gates>;
   using Projection = PanelShape<T, 1>;
 
@@ -30,7 +34,8 @@ class ForwardDirection {
     if (!packed_) input_.prepare(w_.w_ih, p.input_size, H_, p.input_size, false);
     if (p.proj_size) projection_.prepare(w_.w_hr, H_, hout_, H_, packed_);
     if (Cell::cell_state) {
-      c_ = p.c_n ? p.c_n + d_ * B * H_ : c_memory_.allocate(B * H_);
+      if constexpr (kSameType) c_ = p.c_n ? p.c_n + d_ * B * H_ : nullptr;
+      if (!c_) c_ = c_memory_.allocate(B * H_);
       copy_or_zero(c_, p.c0 ? p.c0 + d_ * B * H_ : nullptr, B * H_);
     }
     const int64_t gate_zeros = w_.b_ih && w_.b_hh ? 0 : Cell::gates * H_, state_zeros = p.h0 ? 0 : B * hout_;
@@ -39,6 +44,7 @@ class ForwardDirection {
     b_hh_ = w_.b_hh ? w_.b_hh : zeros_.get();
     h0_ = p.h0 ? p.h0 + d_ * B * hout_ : zeros_.get();
     if (p.proj_size && !p.emitted[d_]) emitted_.allocate(B * H_);
+    if (Cell::kept > 0) kept_ = p.kept[d_];
     gx_ld_ = in_output() ? ldo_ : in_kept() ? Cell::kept * H_ : Cell::gates * H_;
   }
 
@@ -55,7 +61,11 @@ class ForwardDirection {
   // gx of steps [s0, s1), without the bias.
   void project_input(int64_t s0, int64_t s1) {
     const Range rows = walk_.packed_rows(s0, s1);
-    gx_rows_ = in_output() ? p_->output + d_ * hout_ : in_kept() ? p_->kept[d_] : gx_.get() - rows.begin * gx_ld_;
+    gx_rows_ = gx_.get() - rows.begin * gx_ld_;
+    if constexpr (kSameType) {
+      if (in_output()) gx_rows_ = p_->output + d_ * hout_;
+      if (in_kept()) gx_rows_ = kept_;
+    }
     if (!packed_) return;  // run() does it
     const int64_t I = p_->input_size;
     gemm(p_->threads, rows.end - rows.begin, Cell::gates * H_, I, rows_of(p_->x + rows.begin * I, I),
@@ -83,6 +93,7 @@ class ForwardDirection {
   void finish() {
     const Schedule& schedule = p_->schedule;
     const int64_t B = schedule.batch, T_ = schedule.steps;
+    if (!kSameType && Cell::cell_state && p_->c_n) copy_or_zero(p_->c_n + d_ * B * H_, c_, B * H_);
     if (p_->h_n) {
       T* h_n = p_->h_n + d_ * B * hout_;
       int64_t done = 0;  // rows from the back: the shortest end first
@@ -99,8 +110,8 @@ class ForwardDirection {
 
  private:
   // Where gx takes no memory of its own: what comes of it overwrites it.
-  bool in_output() const { return Cell::gates == 1 && Cell::kept == 0 && !p_->proj_size; }
-  bool in_kept() const { return Cell::kept > 0 && p_->kept[d_]; }
+  bool in_output() const { return kSameType && Cell::gates == 1 && Cell::kept == 0 && !p_->proj_size; }
+  bool in_kept() const { return kSameType && kept_; }
   T* output_row(int64_t n) const { return p_->output + n * ldo_ + d_ * hout_; }
   T* emitted_row(int64_t n, int64_t r) const {
     return p_->emitted[d_] ? p_->emitted[d_] + n * H_ : emitted_.get() + r * H_;
@@ -112,7 +123,7 @@ class ForwardDirection {
     const KPiece k[1] = {{0, I}};
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      input_.for_each_block(p_->x + r0 * I, I, count, k, 1, units, [&](int64_t block, const T* sums, int64_t ld_sums) {
+      input_.for_each_block(p_->x + r0 * I, I, count, k, 1, units, [&](int64_t block, const A* sums, int64_t ld_sums) {
         const int64_t j = block * Hidden::units;
         const int64_t valid = H_ - j < Hidden::units ? H_ - j : Hidden::units;
         for (int64_t i = 0; i < count; ++i)
@@ -133,7 +144,7 @@ class ForwardDirection {
     for (int64_t r0 = piece.rows.begin; r0 < piece.rows.end; r0 += kRowBlock) {
       const int64_t rows = piece.rows.end - r0 < kRowBlock ? piece.rows.end - r0 : kRowBlock;
       hidden_.for_each_block(
-          h_prev + r0 * ldh, ldh, rows, k, 1, units, [&](int64_t block, const T* sums, int64_t ld_sums) {
+          h_prev + r0 * ldh, ldh, rows, k, 1, units, [&](int64_t block, const A* sums, int64_t ld_sums) {
             for (int64_t i = 0; i < rows; ++i) {
               const int64_t r = r0 + i;
               for (int u = 0; u < Hidden::unit_vectors; ++u) {
@@ -148,16 +159,16 @@ class ForwardDirection {
 
   // Units [j, j + V) of row r: gh without bias at gh[gate * gate_stride]. Whole vectors get code of their own, in which
   // `valid` is a constant and no access asks how many lanes there are.
-  FASTSEQ_INLINE void update(int64_t n, int64_t r, int64_t j, const T* gh, int64_t gate_stride, const T* h_prev) {
+  FASTSEQ_INLINE void update(int64_t n, int64_t r, int64_t j, const A* gh, int64_t gate_stride, const T* h_prev) {
     if (H_ - j >= V::size) {
       update_lanes(n, r, j, V::size, gh, gate_stride, h_prev);
     } else {
       update_lanes(n, r, j, H_ - j, gh, gate_stride, h_prev);
     }
   }
-  FASTSEQ_INLINE void update_lanes(int64_t n, int64_t r, int64_t j, int64_t valid, const T* gh, int64_t gate_stride,
+  FASTSEQ_INLINE void update_lanes(int64_t n, int64_t r, int64_t j, int64_t valid, const A* gh, int64_t gate_stride,
                                    const T* h_prev) {
-    T* gx = gx_rows_ + n * gx_ld_ + j;
+    const A* gx = gx_rows_ + n * gx_ld_ + j;
     V x[Cell::gates], h[Cell::gates];
     for (int g = 0; g < Cell::gates; ++g) {
       x[g] = V::load(gx + g * H_, valid) + V::load(b_ih_ + g * H_ + j, valid);
@@ -169,8 +180,8 @@ class ForwardDirection {
     const V now = Cell::update(x, h, before, c, keep);
     if constexpr (Cell::cell_state) c.store(c_ + r * H_ + j, valid);
     if constexpr (Cell::kept > 0) {
-      if (in_kept())
-        for (int k = 0; k < Cell::kept; ++k) keep[k].store(gx + k * H_, valid);
+      if (kept_)
+        for (int k = 0; k < Cell::kept; ++k) keep[k].store(kept_ + (n * Cell::kept + k) * H_ + j, valid);
     }
     if (p_->proj_size) {
       now.store(emitted_row(n, r) + j, valid);
@@ -191,7 +202,7 @@ class ForwardDirection {
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
       projection_.for_each_block(
-          emitted_row(n0 + r0, r0), H_, count, k, 1, blocks, [&](int64_t block, const T* sums, int64_t ld_sums) {
+          emitted_row(n0 + r0, r0), H_, count, k, 1, blocks, [&](int64_t block, const A* sums, int64_t ld_sums) {
             for (int64_t i = 0; i < count; ++i)
               for (int u = 0; u < Projection::unit_vectors; ++u) {
                 const int64_t j = block * Projection::units + u * V::size;
@@ -210,9 +221,11 @@ class ForwardDirection {
   bool packed_ = false;
   StepWeights<Cell::gates, T, true> hidden_, input_;
   StepWeights<1, T, true> projection_;
-  Workspace<T> c_memory_, zeros_, emitted_, gx_;
+  Workspace<T> zeros_, emitted_;
+  Workspace<A> c_memory_, gx_;
   const T *b_ih_ = nullptr, *b_hh_ = nullptr, *h0_ = nullptr;
-  T *gx_rows_ = nullptr, *c_ = nullptr;
+  T* kept_ = nullptr;
+  A *gx_rows_ = nullptr, *c_ = nullptr;
 };
 
 template <class Cell, class T>
@@ -224,7 +237,7 @@ void rnn_forward(const RnnForward<T>& p) {
     const int64_t panels = directions[0].panels();
     parallel_for(p.threads, panels * p.directions, [&](int64_t i) { directions[i / panels].pack(i % panels); });
 
-    const int64_t chunk = steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(T), kChunkBytes);
+    const int64_t chunk = steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(Compute<T>), kChunkBytes);
     for (int d = 0; d < p.directions; ++d) directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch);
     const Work work{directions[0].weights(), directions[0].blocks(), !directions[0].packed()};
     for (int64_t s0 = 0; s0 < T_; s0 += chunk) {

@@ -13,7 +13,7 @@ class StepWeights {
   void prepare(const T* w, int64_t ld, int64_t n, int64_t k_size, bool packed) {
     w_ = w, ld_ = ld, n_ = n, k_ = k_size;
     blocks_ = Shape::blocks(n);
-    first_packed_ = packed ? 0 : kTransposed ? blocks_ : n / Shape::units;
+    first_packed_ = packed ? 0 : kTransposed ? blocks_ : Terms<T>::count == 1 ? n / Shape::units : 0;
     panels_.allocate((blocks_ - first_packed_) * Shape::panel_numbers(k_));
   }
   int64_t blocks() const { return blocks_; }
@@ -23,7 +23,7 @@ class StepWeights {
   void pack(int64_t i) {
     const int64_t j = first_packed_ + i;
     if constexpr (kTransposed) {
-      pack_transposed<T, Gates>(w_, ld_, n_, k_, j, panels_.get() + i * Shape::panel_numbers(k_));
+      pack_transposed<Gates>(w_, ld_, n_, k_, j, panels_.get() + i * Shape::panel_numbers(k_));
     } else {
       pack_straight(w_, ld_, n_, k_, j, panels_.get() + i * Shape::panel_numbers(k_));
     }
@@ -36,12 +36,12 @@ class StepWeights {
                                      Range blocks, const Use& use) const {
     constexpr int NV = Shape::vectors;
     constexpr int NB = 8 / NV;  // panels side by side for a single row
-    alignas(64) T sums[kRowBlock * Shape::width];
+    alignas(64) Compute<T> sums[kRowBlock * Shape::width];
     int64_t j = blocks.begin;
     if (rows == 1 && NB > 1) {
       for (; j + NB <= blocks.end && (j >= first_packed_ || (!kTransposed && j + NB <= first_packed_)); j += NB) {
         const Panel panel = panel_of(j);
-        panel_product<NV, NB>(a, lda, 1, pieces, pieces_n, panel.data, panel.k, panel.block, sums);
+        panel_product<NV, NB>(a, lda, 1, pieces, pieces_n, panel.data, panel.step, panel.block, sums);
         for (int i = 0; i < NB; ++i) use(j + i, sums + i * Shape::width, NB * Shape::width);
       }
     }
@@ -50,7 +50,7 @@ class StepWeights {
         direct_product<Gates>(a + pieces[0].column, lda, rows, w_, ld_, n_, pieces[0].size, j, sums);
       } else {
         const Panel panel = panel_of(j);
-        panel_product<NV, 1>(a, lda, rows, pieces, pieces_n, panel.data, panel.k, 0, sums);
+        panel_product<NV, 1>(a, lda, rows, pieces, pieces_n, panel.data, panel.step, 0, sums);
       }
       use(j, sums, Shape::width);
     }
@@ -59,11 +59,11 @@ class StepWeights {
  private:
   struct Panel {
     const T* data;
-    int64_t k, block;  // numbers from one k, and from one block, to the next
+    int64_t step, block;  // numbers from one step, and from one block, to the next
   };
   Panel panel_of(int64_t j) const {
     if (j < first_packed_) return {w_ + j * Shape::width, ld_, Shape::width};
-    return {panels_.get() + (j - first_packed_) * Shape::panel_numbers(k_), Shape::width, Shape::panel_numbers(k_)};
+    return {panels_.get() + (j - first_packed_) * Shape::panel_numbers(k_), Shape::step, Shape::panel_numbers(k_)};
   }
 
   const T* w_ = nullptr;

@@ -17,6 +17,7 @@ struct VecTraits<float> {
   typedef float vector __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef int32_t bits __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef int32_t bit;
+  typedef uint16_t halves __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
 };
 template <>
 struct VecTraits<double> {
@@ -24,6 +25,27 @@ struct VecTraits<double> {
   typedef int64_t bits __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef int64_t bit;
 };
+
+// What a kernel computes in for numbers that are stored as T.
+template <class T>
+struct ComputeType {
+  using type = T;
+};
+template <>
+struct ComputeType<bfloat16> {
+  using type = float;
+};
+template <class T>
+using Compute = typename ComputeType<T>::type;
+
+FASTSEQ_INLINE float to_compute(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  __builtin_memcpy(&out, &bits, sizeof out);
+  return out;
+}
+FASTSEQ_INLINE float to_compute(float x) { return x; }
+FASTSEQ_INLINE double to_compute(double x) { return x; }
 
 template <class T>
 struct Vec {
@@ -84,15 +106,45 @@ struct Vec {
     return (__m256i)(lane < Bits{} + static_cast<Bit>(n));
   }
 #endif
-  FASTSEQ_INLINE static Vec broadcast(T value) {
+
+  // Numbers stored as bfloat16; rounded to nearest, ties to even, when stored. T is float.
+  FASTSEQ_INLINE static Vec load(const bfloat16* p) {
+    typename VecTraits<T>::halves halves;
+    __builtin_memcpy(&halves, p, sizeof halves);
+    return (Native)(__builtin_convertvector(halves, Bits) << 16);
+  }
+  FASTSEQ_INLINE void store(bfloat16* p) const {
+    const Bits bits = (Bits)v;
+    // A NaN keeps its sign and stays one; the sum below could carry it into infinity, and infinity into NaN it cannot.
+    const Bits nan = (bits & 0x7fffffff) > 0x7f800000;
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Bits kept = (nan & ((bits >> 16) | 0x40)) | (~nan & rounded);
+    const auto halves = __builtin_convertvector(kept & 0xffff, typename VecTraits<T>::halves);
+    __builtin_memcpy(p, &halves, sizeof halves);
+  }
+  FASTSEQ_INLINE static Vec load(const bfloat16* p, int64_t n) {
+    if (n >= size) return load(p);
+    bfloat16 lanes[size] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+  }
+  FASTSEQ_INLINE void store(bfloat16* p, int64_t n) const {
+    if (n >= size) return store(p);
+    bfloat16 lanes[size];
+    store(lanes);
+    for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+  }
+
+  // The number at p in every lane.
+  FASTSEQ_INLINE static Vec broadcast(const T* p) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) return (Native)_mm512_set1_ps(value);
-    else return (Native)_mm512_set1_pd(value);
+    if constexpr (sizeof(T) == 4) return (Native)_mm512_set1_ps(*p);
+    else return (Native)_mm512_set1_pd(*p);
 #elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) return (Native)_mm256_set1_ps(value);
-    else return (Native)_mm256_set1_pd(value);
+    if constexpr (sizeof(T) == 4) return (Native)_mm256_set1_ps(*p);
+    else return (Native)_mm256_set1_pd(*p);
 #else
-    return Vec(value);
+    return Vec(*p);
 #endif
   }
 };

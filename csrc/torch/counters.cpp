@@ -9,27 +9,40 @@ namespace fastseq {
 namespace {
 
 constexpr const char* kNames[] = {"rnn_forward", "rnn_backward"};
-std::atomic<int64_t> calls[static_cast<int>(Counted::count)][cpu::kCells][2];
+constexpr const char* kTypes[] = {"float32", "float64", "bfloat16"};
+constexpr int kTypeCount = sizeof(kTypes) / sizeof(kTypes[0]);
+std::atomic<int64_t> calls[static_cast<int>(Counted::count)][cpu::kCells][kTypeCount];
 
 template <class F>
 void for_each(const F& f) {
   for (int kernel = 0; kernel < static_cast<int>(Counted::count); ++kernel)
     for (int cell = 0; cell < cpu::kCells; ++cell)
-      for (int float32 = 0; float32 < 2; ++float32) f(kernel, cell, float32, calls[kernel][cell][float32]);
+      for (int type = 0; type < kTypeCount; ++type) f(kernel, cell, type, calls[kernel][cell][type]);
 }
 
 }  // namespace
 
-void count_call(Counted kernel, CellKind cell, bool float32) {
-  calls[static_cast<int>(kernel)][static_cast<int>(cell)][float32].fetch_add(1, std::memory_order_relaxed);
+static void count_call(Counted kernel, CellKind cell, int type) {
+  calls[static_cast<int>(kernel)][static_cast<int>(cell)][type].fetch_add(1, std::memory_order_relaxed);
+}
+
+template <>
+void count_call<float>(Counted kernel, CellKind cell) {
+  count_call(kernel, cell, 0);
+}
+template <>
+void count_call<double>(Counted kernel, CellKind cell) {
+  count_call(kernel, cell, 1);
+}
+template <>
+void count_call<bfloat16>(Counted kernel, CellKind cell) {
+  count_call(kernel, cell, 2);
 }
 
 std::map<std::string, int64_t> counters() {
   std::map<std::string, int64_t> out;
-  for_each([&](int kernel, int cell, int float32, std::atomic<int64_t>& n) {
-    if (n > 0)
-      out[std::string(kNames[kernel]) + "/" + cpu::kernels().cells[cell].name + (float32 ? "/float32" : "/float64")] =
-          n;
+  for_each([&](int kernel, int cell, int type, std::atomic<int64_t>& n) {
+    if (n > 0) out[std::string(kNames[kernel]) + "/" + cpu::kernels().cells[cell].name + "/" + kTypes[type]] = n;
   });
   return out;
 }

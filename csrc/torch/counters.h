@@ -11,7 +11,8 @@ namespace fastseq {
 
 enum class Counted : int { rnn_forward, rnn_backward, count };
 
-void count_call(Counted kernel, CellKind cell, bool float32);
+template <class T>
+void count_call(Counted kernel, CellKind cell);
 
 #define FASTSEQ_API __attribute__((visibility("default")))
 FASTSEQ_API std::map<std::string, int64_t> counters();  // "rnn_forward/gru/float32" -> calls; only what ran

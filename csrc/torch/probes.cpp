@@ -17,7 +17,7 @@ namespace {
 
 template <class T>
 void apply(const std::string& function, const T* x, T* y, int64_t n) {
-  const cpu::TypedKernels<T>& kernels = cpu::kernels().typed<T>();
+  const cpu::VectorFunctions<T>& kernels = cpu::kernels().functions<T>();
   if (function == "exp") return kernels.exp(x, y, n);
   if (function == "sigmoid") return kernels.sigmoid(x, y, n);
   if (function == "tanh") return kernels.tanh(x, y, n);

@@ -16,9 +16,36 @@ void one_thread_in_a_forked_child() {
   if (cpu::in_forked_child() && at::get_num_threads() > 1) at::set_num_threads(1);
 }
 
+// The kernels have a bfloat16 of their own: they know no torch.
+template <class T>
+struct TensorType {
+  using type = T;
+};
+template <>
+struct TensorType<bfloat16> {
+  using type = at::BFloat16;
+};
+
 template <class T>
 const T* pointer(const at::Tensor& t) {
-  return t.defined() ? t.const_data_ptr<T>() : nullptr;
+  return t.defined() ? reinterpret_cast<const T*>(t.const_data_ptr<typename TensorType<T>::type>()) : nullptr;
+}
+template <class T>
+T* mutable_pointer(const at::Tensor& t) {
+  return t.defined() ? reinterpret_cast<T*>(t.mutable_data_ptr<typename TensorType<T>::type>()) : nullptr;
+}
+
+// f of a number of the type, one of those that RnnStack lets pass.
+template <class F>
+auto with_type(at::ScalarType type, const F& f) {
+  switch (type) {
+    case at::kDouble:
+      return f(double());
+    case at::kBFloat16:
+      return f(bfloat16());
+    default:
+      return f(float());
+  }
 }
 
 // A plane of a state (L*D, B, size) where a layer's directions begin.
@@ -48,7 +75,7 @@ void fill_layer(RnnLayer<T>& p, const RnnStack& stack, const Inputs& in, int64_t
   p.hidden_size = stack.hidden_size;
   p.proj_size = stack.projected ? stack.out_size : 0;
   p.directions = static_cast<int>(stack.directions);
-  p.x = layer_input.const_data_ptr<T>();
+  p.x = pointer<T>(layer_input);
   p.h0 = layer_state(pointer<T>(in.hx), stack, layer, stack.out_size);
   p.c0 = layer_state(pointer<T>(in.cx), stack, layer, stack.hidden_size);
   p.threads = at::get_num_threads();
@@ -90,7 +117,7 @@ RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
     if (save) {
       const RnnStack::LayerReserve at = stack.layer_reserve(layer);
       layer_output = reserve.narrow(0, at.output, N * D * stack.out_size).view({N, D * stack.out_size});
-      T* base = reserve.mutable_data_ptr<T>();
+      T* base = mutable_pointer<T>(reserve);
       for (int64_t d = 0; d < D; ++d) {
         p.kept[d] = base + at.kept[d];
         if (stack.projected) p.emitted[d] = base + at.emitted[d];
@@ -98,10 +125,10 @@ RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
     } else {
       layer_output = at::empty({N, D * stack.out_size}, options);
     }
-    p.output = layer_output.mutable_data_ptr<T>();
-    if (copies && layer == L - 1) p.output_copy = output.mutable_data_ptr<T>();
-    if (!stack.single_step) p.h_n = layer_state(h_n.mutable_data_ptr<T>(), stack, layer, stack.out_size);
-    if (stack.facts.cell_state) p.c_n = layer_state(c_n.mutable_data_ptr<T>(), stack, layer, stack.hidden_size);
+    p.output = mutable_pointer<T>(layer_output);
+    if (copies && layer == L - 1) p.output_copy = mutable_pointer<T>(output);
+    if (!stack.single_step) p.h_n = layer_state(mutable_pointer<T>(h_n), stack, layer, stack.out_size);
+    if (stack.facts.cell_state) p.c_n = layer_state(mutable_pointer<T>(c_n), stack, layer, stack.hidden_size);
     cpu::kernels().typed<T>().rnn_forward[static_cast<int>(stack.cell)](p);
     layer_input = layer < static_cast<int64_t>(in.masks.size()) ? layer_output * in.masks[layer] : layer_output;
   }
@@ -139,7 +166,7 @@ std::vector<at::Tensor> backward(const RnnArguments& a, const RnnStack& stack, c
   at::Tensor d_layer_output = d_output ? stack.to_rows(*d_output) : at::Tensor(), dx;
   for (int64_t layer = L - 1; layer >= lowest; --layer) {
     const RnnStack::LayerReserve at = stack.layer_reserve(layer);
-    const T* base = reserve.const_data_ptr<T>();
+    const T* base = pointer<T>(reserve);
     at::Tensor layer_input = in.x;
     if (layer > 0) {
       layer_input = reserve.narrow(0, stack.layer_reserve(layer - 1).output, N * D * stack.out_size)
@@ -156,14 +183,14 @@ std::vector<at::Tensor> backward(const RnnArguments& a, const RnnStack& stack, c
     p.d_output = pointer<T>(d_layer_output);
     p.d_h_n = layer_state(pointer<T>(d_h), stack, layer, stack.out_size);
     p.d_c_n = layer_state(pointer<T>(d_c), stack, layer, stack.hidden_size);
-    if (needs_h) p.d_h0 = layer_state(d_hx.mutable_data_ptr<T>(), stack, layer, stack.out_size);
-    if (needs_c) p.d_c0 = layer_state(d_cx.mutable_data_ptr<T>(), stack, layer, stack.hidden_size);
+    if (needs_h) p.d_h0 = layer_state(mutable_pointer<T>(d_hx), stack, layer, stack.out_size);
+    if (needs_c) p.d_c0 = layer_state(mutable_pointer<T>(d_cx), stack, layer, stack.hidden_size);
     dx = empty_if(layer > lowest || needs_x, {N, p.input_size});
-    p.dx = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr;
+    p.dx = mutable_pointer<T>(dx);
     auto next = d_weights.begin() + layer * per_layer;
     const auto grad = [&] {
       at::Tensor& t = *next++;
-      return t.defined() ? t.mutable_data_ptr<T>() : nullptr;
+      return mutable_pointer<T>(t);
     };
     for (int64_t d = 0; d < D; ++d) {
       DirectionGrads<T>& g = p.grads[d];
@@ -203,9 +230,10 @@ RnnOutputs rnn_forward_cpu(std::string cell, const at::Tensor& x, const Optional
   one_thread_in_a_forked_child();
   const RnnArguments a{cell, x, hx, cx, weights, dropout_masks, lengths, batch_sizes, num_layers, bidirectional, bias};
   const RnnStack stack(a);
-  const bool f32 = x.scalar_type() == at::kFloat;
-  count_call(Counted::rnn_forward, stack.cell, f32);
-  return f32 ? forward<float>(a, stack, save) : forward<double>(a, stack, save);
+  return with_type(x.scalar_type(), [&](auto zero) {
+    count_call<decltype(zero)>(Counted::rnn_forward, stack.cell);
+    return forward<decltype(zero)>(a, stack, save);
+  });
 }
 
 std::vector<at::Tensor> rnn_backward_cpu(
@@ -227,10 +255,10 @@ std::vector<at::Tensor> rnn_backward_cpu(
   check_gradient("d_output", d_output, stack.output_sizes(x), x);
   if (!stack.single_step) check_gradient("d_h_n", d_h_n, stack.state_sizes(stack.out_size), x);
   if (stack.facts.cell_state) check_gradient("d_c_n", d_c_n, stack.state_sizes(stack.hidden_size), x);
-  const bool f32 = x.scalar_type() == at::kFloat;
-  count_call(Counted::rnn_backward, stack.cell, f32);
-  return f32 ? backward<float>(a, stack, d_output, d_h_n, d_c_n, reserve, needs)
-             : backward<double>(a, stack, d_output, d_h_n, d_c_n, reserve, needs);
+  return with_type(x.scalar_type(), [&](auto zero) {
+    count_call<decltype(zero)>(Counted::rnn_backward, stack.cell);
+    return backward<decltype(zero)>(a, stack, d_output, d_h_n, d_c_n, reserve, needs);
+  });
 }
 
 }  // namespace fastseq

@@ -55,8 +55,9 @@ RnnStack::RnnStack(const RnnArguments& a)
   single_step = a.x.dim() == 2 && !packed;
   TORCH_CHECK(a.x.dim() == 2 || (a.x.dim() == 3 && !packed), "input must be (T, B, I), (B, I) for a single step, or ",
               "(N, I) with batch_sizes; got ", a.x.sizes());
-  TORCH_CHECK(a.x.scalar_type() == at::kFloat || a.x.scalar_type() == at::kDouble,
-              "the kernels take float32 and float64; got ", a.x.scalar_type());
+  const at::ScalarType type = a.x.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16,
+              "the kernels take float32, float64 and bfloat16; got ", type);
   TORCH_CHECK(layers >= 1, "num_layers must be at least 1; got ", layers);
   TORCH_CHECK(!single_step || (layers == 1 && directions == 1 && !a.lengths),
               "a single step (2-D input) is one layer, one direction, no lengths; got num_layers=", layers,
