@@ -16,6 +16,7 @@ from typing import Any, NoReturn, overload
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastseq import _load, ops, reference
@@ -96,6 +97,10 @@ class _Layer(torch.nn.RNNBase):
             return [getattr(self, name) for name in self._flat_weights_names]
 
     def _forward(self, input: Any, hx: Any, lengths: Lengths | None) -> tuple[Any, Any]:
+        if lengths is None and not is_dynamo_compiling():
+            result = _load._C.direct_layer(self.__dict__, input, hx)
+            if result is not None:
+                return result
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths= is for padded input: a PackedSequence has its own lengths")
@@ -589,7 +594,12 @@ class _Cell(torch.nn.RNNCellBase):
         if input.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
 
+    def _direct(self, input: Tensor, hx: Any) -> Any:
+        return None if is_dynamo_compiling() else _load._C.direct_cell(self._cell, self.__dict__, input, hx)
+
     def _forward_one_state(self, input: Tensor, hx: Tensor | None) -> Tensor:
+        if (h := self._direct(input, hx)) is not None:
+            return h
         self._check_input_dim(input)
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
@@ -725,6 +735,8 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: Pair | None = None) -> Pair:
         """Runs one step; the class says what goes in and what comes out."""
+        if (state := self._direct(input, hx)) is not None:
+            return state
         self._check_input_dim(input)
         h = c = None
         if hx is not None:
