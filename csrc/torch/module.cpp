@@ -6,7 +6,7 @@
 
 #include "build_info.h"
 #include "counters.h"
-#include "direct.h"
+#include "direct_call.h"
 #include "probes.h"
 
 namespace py = pybind11;

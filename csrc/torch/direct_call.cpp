@@ -6,7 +6,7 @@
 // when its tensors would go through the dispatcher straight to the operator's CPU kernel, with nothing recorded,
 // transformed, traced or observed on the way. Any other call is None here, be it wrong, on another device or in another
 // dtype, and goes the way through fastseq/rnn.py, which knows all the words for what is wrong.
-#include "direct.h"
+#include "direct_call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/grad_mode.h>
@@ -31,8 +31,8 @@ int64_t calls = 0;  // under the GIL
 
 // ---- What is plain --------------------------------------------------------------------------------------------------
 
-// Of the thread: no mode that wants to see the operator. (Autocast, tracing, the modes of Python's dispatch and
-// torch.func's transforms show in the keys that a tensor meets: see PlainTensors.)
+// No mode or profiler that wants to see the operator, and no forward-mode AD, for which ops.rnn takes the reference.
+// Autocast, tracing, the modes of Python's dispatch and torch.func's transforms show in the keys that a tensor meets.
 bool plain_thread() {
   return !at::impl::torch_function_mode_enabled() && !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION) &&
          !torch::autograd::ForwardADLevel::try_get_by_idx(0);
@@ -64,31 +64,31 @@ class PlainTensors {
 
 // ---- A module's attributes ------------------------------------------------------------------------------------------
 
-enum Attribute {
-  kParameters,
-  kWeightNames,
-  kMode,
-  kInputSize,
-  kHiddenSize,
-  kProjSize,
-  kNumLayers,
-  kBidirectional,
-  kBias,
-  kBatchFirst,
-  kDropout,
-  kTraining,
-  kWeightIh,
-  kWeightHh,
-  kBiasIh,
-  kBiasHh,
-  kAttributes
+PyObject* intern(const char* name) {
+  PyObject* out = PyUnicode_InternFromString(name);
+  if (!out) throw py::error_already_set();
+  return out;
+}
+
+struct Names {
+  PyObject* parameters = intern("_parameters");
+  PyObject* weight_names = intern("_flat_weights_names");
+  PyObject* mode = intern("mode");
+  PyObject* input_size = intern("input_size");
+  PyObject* hidden_size = intern("hidden_size");
+  PyObject* proj_size = intern("proj_size");
+  PyObject* num_layers = intern("num_layers");
+  PyObject* bidirectional = intern("bidirectional");
+  PyObject* bias = intern("bias");
+  PyObject* batch_first = intern("batch_first");
+  PyObject* dropout = intern("dropout");
+  PyObject* training = intern("training");
+  PyObject* weight_ih = intern("weight_ih");
+  PyObject* weight_hh = intern("weight_hh");
+  PyObject* bias_ih = intern("bias_ih");
+  PyObject* bias_hh = intern("bias_hh");
 };
-constexpr const char* kAttributeNames[] = {
-    "_parameters", "_flat_weights_names", "mode",    "input_size",  "hidden_size", "proj_size",
-    "num_layers",  "bidirectional",       "bias",    "batch_first", "dropout",     "training",
-    "weight_ih",   "weight_hh",           "bias_ih", "bias_hh"};
-static_assert(sizeof(kAttributeNames) / sizeof(*kAttributeNames) == kAttributes);
-PyObject* interned[kAttributes];
+const Names* names = nullptr;  // made when the module is imported, and never let go
 
 // A look at a module's __dict__ that finds what is there in the usual form, or sets `odd`: a missing parameter is
 // computed from others, a flag that is no bool is left to Python's idea of truth.
@@ -104,13 +104,12 @@ struct Attributes {
     }
     return value;
   }
-  PyObject* get(Attribute name) { return get(interned[name]); }
-  bool flag(Attribute name) {
+  bool flag(PyObject* name) {
     PyObject* value = get(name);
     odd = odd || (value != Py_True && value != Py_False);
     return value == Py_True;
   }
-  int64_t integer(Attribute name) {
+  int64_t integer(PyObject* name) {
     PyObject* value = get(name);
     odd = odd || !PyLong_CheckExact(value);
     if (odd) return 0;
@@ -120,7 +119,7 @@ struct Attributes {
     return out;
   }
   Attributes parameters() {
-    PyObject* value = get(kParameters);
+    PyObject* value = get(names->parameters);
     odd = odd || !PyDict_Check(value);
     return {value, odd};
   }
@@ -137,16 +136,11 @@ struct Call {
   bool bidirectional = false, bias = true;
 };
 
+// The interpreter's lock let go. Cheap enough for the smallest call, and better there too where threads stand in line.
 struct Unlocked {
-  explicit Unlocked(bool unlock) : state(unlock ? PyEval_SaveThread() : nullptr) {}
-  ~Unlocked() {
-    if (state) PyEval_RestoreThread(state);
-  }
-  PyThreadState* state;
+  PyThreadState* const state = PyEval_SaveThread();
+  ~Unlocked() { PyEval_RestoreThread(state); }
 };
-
-// Multiplications below which a call is over before another thread would have taken the interpreter's lock.
-constexpr int64_t kLockedWork = 32 * 1024;
 
 // `fits` judges the stack against the module's own sizes. False: the call is not plain, as the operator refused it.
 template <class Fits>
@@ -158,9 +152,7 @@ bool run(const Call& call, const Fits& fits, RnnOutputs& outputs) {
         call.cell, call.x, call.hx, call.cx, call.weights, {}, none, none, call.layers, call.bidirectional, call.bias};
     const RnnStack stack(arguments);
     if (!fits(stack)) return false;
-    int64_t work = 0;
-    for (const at::Tensor& weight : call.weights) work += weight.numel();
-    const Unlocked unlocked(work * stack.padded_rows > kLockedWork);
+    const Unlocked unlocked;
     outputs = run_forward(arguments, stack, false);
     return true;
   } catch (const std::exception&) {  // the operator will say it, in the usual way
@@ -222,25 +214,26 @@ PyObject* call_layer(PyObject* dict, PyObject* input, PyObject* hx) {
   if (dim != 2 && dim != 3) Py_RETURN_NONE;
 
   Attributes self{dict};
-  PyObject* mode = self.get(kMode);
-  PyObject* names = self.get(kWeightNames);
+  PyObject* mode = self.get(names->mode);
+  PyObject* weight_names = self.get(names->weight_names);
   Attributes parameters = self.parameters();
-  const int64_t input_size = self.integer(kInputSize), hidden_size = self.integer(kHiddenSize);
-  const int64_t proj_size = self.integer(kProjSize);
+  const int64_t input_size = self.integer(names->input_size), hidden_size = self.integer(names->hidden_size);
+  const int64_t proj_size = self.integer(names->proj_size);
   Call call;
-  call.layers = self.integer(kNumLayers);
-  call.bidirectional = self.flag(kBidirectional);
-  call.bias = self.flag(kBias);
-  const bool batch_first = self.flag(kBatchFirst);
-  if (self.flag(kTraining)) {
-    PyObject* dropout = self.get(kDropout);
+  call.layers = self.integer(names->num_layers);
+  call.bidirectional = self.flag(names->bidirectional);
+  call.bias = self.flag(names->bias);
+  const bool batch_first = self.flag(names->batch_first);
+  if (self.flag(names->training)) {
+    PyObject* dropout = self.get(names->dropout);
     self.odd = self.odd || !PyFloat_CheckExact(dropout) || PyFloat_AS_DOUBLE(dropout) != 0;
   }
-  if (self.odd || !PyList_CheckExact(names) || x->size(dim == 3 && batch_first ? 1 : 0) == 0) Py_RETURN_NONE;
+  if (self.odd || !PyList_CheckExact(weight_names)) Py_RETURN_NONE;
+  if (x->size(dim - 1) != input_size || x->size(dim == 3 && batch_first ? 1 : 0) == 0) Py_RETURN_NONE;
   const CellFacts* cell = find_cell(mode);
   if (!cell) Py_RETURN_NONE;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(names); ++i) {
-    const at::Tensor* weight = plain(parameters.get(PyList_GET_ITEM(names, i)));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(weight_names); ++i) {
+    const at::Tensor* weight = plain(parameters.get(PyList_GET_ITEM(weight_names, i)));
     if (!weight) Py_RETURN_NONE;
     call.weights.push_back(*weight);
   }
@@ -278,7 +271,7 @@ PyObject* call_layer(PyObject* dict, PyObject* input, PyObject* hx) {
   return pair(wrap(output), std::move(state)).release().ptr();
 }
 
-PyObject* call_cell(PyObject* name, PyObject* dict, PyObject* input, PyObject* hx) {
+PyObject* call_cell(PyObject* cell_name, PyObject* dict, PyObject* input, PyObject* hx) {
   PlainTensors plain;
   const at::Tensor* x = plain(input);
   if (!x || !plain_thread()) Py_RETURN_NONE;
@@ -287,16 +280,16 @@ PyObject* call_cell(PyObject* name, PyObject* dict, PyObject* input, PyObject* h
 
   Attributes self{dict};
   Attributes parameters = self.parameters();
-  const int64_t input_size = self.integer(kInputSize), hidden_size = self.integer(kHiddenSize);
-  const CellFacts* cell = find_cell(name);
+  const int64_t input_size = self.integer(names->input_size), hidden_size = self.integer(names->hidden_size);
+  const CellFacts* cell = find_cell(cell_name);
   if (self.odd || !cell) Py_RETURN_NONE;
   Call call;
-  call.bias = parameters.get(kBiasIh) != Py_None;
-  for (Attribute weight : {kWeightIh, kWeightHh, kBiasIh, kBiasHh}) {
-    if (weight >= kBiasIh && !call.bias) break;
-    const at::Tensor* w = plain(parameters.get(weight));
-    if (!w) Py_RETURN_NONE;
-    call.weights.push_back(*w);
+  call.bias = parameters.get(names->bias_ih) != Py_None;
+  for (PyObject* name : {names->weight_ih, names->weight_hh, names->bias_ih, names->bias_hh}) {
+    const at::Tensor* weight = plain(parameters.get(name));
+    if (!weight) Py_RETURN_NONE;
+    call.weights.push_back(*weight);
+    if (call.weights.size() == 2 && !call.bias) break;
   }
   call.x = *x;
   if (parameters.odd || !take_state(hx, cell->cell_state, dim, plain, call)) Py_RETURN_NONE;
@@ -345,8 +338,7 @@ PyMethodDef functions[] = {
 }  // namespace
 
 void add_direct_calls(PyObject* module) {
-  for (int i = 0; i < kAttributes; ++i)
-    if (!(interned[i] = PyUnicode_InternFromString(kAttributeNames[i]))) throw py::error_already_set();
+  if (!names) names = new Names;
   if (PyModule_AddFunctions(module, functions) != 0) throw py::error_already_set();
 }
 
