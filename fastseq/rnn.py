@@ -2,7 +2,8 @@
 
 A call on the CPU in float32 or float64 runs the fused kernels (`fastseq.ops.rnn`); another device or dtype, and
 autocast, run torch's own operator, or the reference for a cell that torch does not have. `kernel_obstacle` decides, and
-`fastseq.explain` tells.
+`fastseq.explain` tells. Where nothing is recorded, most calls that would run the kernels reach them by a shorter way
+(`_C.direct_layer`, `direct_cell`); what is written here is what those do, and what runs for all other calls.
 
 Letters in shapes: T time steps, B batch, I input_size, H hidden_size, P proj_size (H without projection), L num_layers,
 D directions (2 if bidirectional, else 1), N rows of packed data.
@@ -16,6 +17,7 @@ from typing import Any, NoReturn, overload
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastseq import _load, ops, reference
@@ -30,7 +32,9 @@ TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # what RNNBase calls the 
 
 
 def kernel_obstacle(x: Tensor) -> str | None:
-    """Why a call with this input runs torch's own operator; None if it runs a kernel."""
+    """Why a call with this input runs torch's own operator; None if it runs a kernel.
+
+    The direct call comes before this question. What is an obstacle here must not be plain there."""
     if not x.is_cpu:
         return f"the input is on {x.device}, and the kernels run on the CPU"
     if x.dtype not in KERNEL_DTYPES:
@@ -96,6 +100,11 @@ class _Layer(torch.nn.RNNBase):
             return [getattr(self, name) for name in self._flat_weights_names]
 
     def _forward(self, input: Any, hx: Any, lengths: Lengths | None) -> tuple[Any, Any]:
+        if lengths is None and not is_dynamo_compiling():
+            # All that follows in one go, if nobody could tell the difference: csrc/torch/direct_call.cpp.
+            result = _load._C.direct_layer(self.__dict__, input, hx)
+            if result is not None:
+                return result
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths= is for padded input: a PackedSequence has its own lengths")
@@ -589,7 +598,13 @@ class _Cell(torch.nn.RNNCellBase):
         if input.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
 
+    def _direct(self, input: Tensor, hx: Any) -> Any:
+        """The new state if the direct call takes this one (csrc/torch/direct_call.cpp), or None."""
+        return None if is_dynamo_compiling() else _load._C.direct_cell(self._cell, self.__dict__, input, hx)
+
     def _forward_one_state(self, input: Tensor, hx: Tensor | None) -> Tensor:
+        if (h := self._direct(input, hx)) is not None:
+            return h
         self._check_input_dim(input)
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
@@ -725,6 +740,8 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: Pair | None = None) -> Pair:
         """Runs one step; the class says what goes in and what comes out."""
+        if (state := self._direct(input, hx)) is not None:
+            return state
         self._check_input_dim(input)
         h = c = None
         if hx is not None:

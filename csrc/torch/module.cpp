@@ -1,10 +1,12 @@
-// The Python module fastseq._C: importing it loads the operators; what it exposes are facts about the build and probes.
+// The Python module fastseq._C: importing it loads the operators; what it exposes are facts about the build, probes
+// and the direct call.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "build_info.h"
 #include "counters.h"
+#include "direct_call.h"
 #include "probes.h"
 
 namespace py = pybind11;
@@ -53,7 +55,13 @@ PYBIND11_MODULE(_C, m) {
       },
       "The cells: gates (G), planes of H kept for backward, states (1: h; 2: h and c).");
   m.def("counters", &counters, "Calls of each kernel since the start or the last reset; only kernels that ran.");
-  m.def("reset_counters", &reset_counters);
+  m.def("direct_calls", &direct_calls,
+        "Calls since then that went by direct_layer and direct_cell; counters has them too.");
+  m.def("reset_counters", [] {
+    reset_counters();
+    reset_direct_calls();
+  });
+  add_direct_calls(m.ptr());
 
   const auto probe = [](const std::string& function, const auto& x) {
     auto y = std::decay_t<decltype(x)>(x.size());

@@ -1,6 +1,7 @@
 // The recurrent operators on the CPU: check, allocate, fill the parameter block, call the kernel, layer by layer.
 #include "rnn.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include "counters.h"
@@ -54,17 +55,23 @@ T* layer_state(T* base, const RnnStack& stack, int64_t layer, int64_t size) {
   return base ? base + layer * stack.directions * stack.batch * size : nullptr;
 }
 
+// Not at::empty, which goes through the dispatcher, and takes as long as a small step.
+at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
+  return at::detail::empty_cpu(sizes, like.scalar_type());
+}
+
 struct Inputs {
-  at::Tensor x, hx, cx;             // as rows, in the schedule's order; undefined when absent
-  std::vector<at::Tensor> weights;  // contiguous
-  std::vector<at::Tensor> masks;    // as rows
+  at::Tensor x, hx, cx;                     // as rows, in the schedule's order; undefined when absent
+  c10::SmallVector<at::Tensor, 8> weights;  // contiguous
+  std::vector<at::Tensor> masks;            // (N, D*Hout)
 
   Inputs(const RnnStack& stack, const RnnArguments& a) {
     x = stack.to_rows(a.x);
     if (a.hx) hx = stack.to_order(*a.hx);
     if (a.cx) cx = stack.to_order(*a.cx);
     for (const at::Tensor& w : a.weights) weights.push_back(w.contiguous());
-    for (const at::Tensor& mask : a.dropout_masks) masks.push_back(stack.to_rows(mask));
+    for (const at::Tensor& mask : a.dropout_masks)
+      masks.push_back(stack.to_rows(mask).view({stack.total_rows(), stack.directions * stack.out_size}));
   }
 };
 
@@ -95,25 +102,24 @@ void fill_layer(RnnLayer<T>& p, const RnnStack& stack, const Inputs& in, int64_t
 template <class T>
 RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
   const Inputs in(stack, a);
-  const auto options = a.x.options();
   const int64_t N = stack.total_rows(), L = stack.layers, D = stack.directions;
+  at::Tensor reserve, h_n, c_n;
   // Sized for padded rows, of which a ragged batch fills a part: the rest is zero, so that equal calls give equal
   // outputs.
-  const int64_t reserve_numel = save ? stack.reserve_numel() : 0;
-  const at::Tensor reserve =
-      stack.rows.defined() ? at::zeros({reserve_numel}, options) : at::empty({reserve_numel}, options);
-  const at::Tensor h_n =
-      at::empty(stack.single_step ? std::vector<int64_t>{0} : stack.state_sizes(stack.out_size), options);
-  const at::Tensor c_n =
-      at::empty(stack.facts.cell_state ? stack.state_sizes(stack.hidden_size) : std::vector<int64_t>{0}, options);
+  if (save)
+    reserve =
+        stack.rows.defined() ? at::zeros({stack.reserve_numel()}, a.x.options()) : empty({stack.reserve_numel()}, a.x);
+  if (!stack.single_step) h_n = empty(stack.state_sizes(stack.out_size), a.x);
+  if (stack.facts.cell_state) c_n = empty(stack.state_sizes(stack.hidden_size), a.x);
 
   // The reserve keeps an output of its own, so that editing the caller's in place does not disturb backward.
-  const std::vector<int64_t> sizes = stack.output_sizes(a.x);
+  const at::DimVector sizes = stack.output_sizes(a.x);
   const bool copies = save && !stack.rows.defined();
-  at::Tensor layer_input = in.x, layer_output, output = copies ? at::empty(sizes, options) : at::Tensor();
+  at::Tensor layer_input = in.x, layer_output, output = copies ? empty(sizes, a.x) : at::Tensor();
   for (int64_t layer = 0; layer < L; ++layer) {
     RnnForward<T> p;
     fill_layer(p, stack, in, layer, layer_input);
+    const bool masked = layer < static_cast<int64_t>(in.masks.size());
     if (save) {
       const RnnStack::LayerReserve at = stack.layer_reserve(layer);
       layer_output = reserve.narrow(0, at.output, N * D * stack.out_size).view({N, D * stack.out_size});
@@ -122,18 +128,24 @@ RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
         p.kept[d] = base + at.kept[d];
         if (stack.projected) p.emitted[d] = base + at.emitted[d];
       }
+    } else if (masked || stack.rows.defined()) {
+      layer_output = empty({N, D * stack.out_size}, a.x);
     } else {
-      layer_output = at::empty({N, D * stack.out_size}, options);
+      layer_output = empty(sizes, a.x);
     }
     p.output = mutable_pointer<T>(layer_output);
     if (copies && layer == L - 1) p.output_copy = mutable_pointer<T>(output);
     if (!stack.single_step) p.h_n = layer_state(mutable_pointer<T>(h_n), stack, layer, stack.out_size);
     if (stack.facts.cell_state) p.c_n = layer_state(mutable_pointer<T>(c_n), stack, layer, stack.hidden_size);
     cpu::kernels().typed<T>().rnn_forward[static_cast<int>(stack.cell)](p);
-    layer_input = layer < static_cast<int64_t>(in.masks.size()) ? layer_output * in.masks[layer] : layer_output;
+    layer_input = masked ? layer_output * in.masks[layer] : layer_output;
   }
   if (!copies) output = stack.from_rows(layer_output, sizes);
-  return {output, stack.from_order(h_n), stack.facts.cell_state ? stack.from_order(c_n) : c_n, reserve};
+  if (stack.order.defined()) {
+    h_n = stack.from_order(h_n);
+    if (stack.facts.cell_state) c_n = stack.from_order(c_n);
+  }
+  return {std::move(output), std::move(h_n), std::move(c_n), std::move(reserve)};
 }
 
 template <class T>
@@ -145,7 +157,7 @@ std::vector<at::Tensor> backward(const RnnArguments& a, const RnnStack& stack, c
   const int64_t N = stack.total_rows(), L = stack.layers, D = stack.directions;
   const int64_t per_layer = D * stack.weights_per_direction();
   const auto empty_if = [&](bool needed, at::IntArrayRef sizes) {
-    return !needed ? at::Tensor() : N ? at::empty(sizes, options) : at::zeros(sizes, options);
+    return !needed ? at::Tensor() : N ? empty(sizes, a.x) : at::zeros(sizes, options);
   };
   const bool needs_x = needs[0], needs_h = needs[1], needs_c = needs[2];
   at::Tensor d_hx = empty_if(needs_h, stack.state_sizes(stack.out_size));
@@ -223,17 +235,24 @@ void check_gradient(const char* name, const OptionalTensor& gradient, at::IntArr
 
 }  // namespace
 
+RnnOutputs run_forward(const RnnArguments& a, const RnnStack& stack, bool save) {
+  one_thread_in_a_forked_child();
+  return with_type(a.x.scalar_type(), [&](auto zero) {
+    count_call<decltype(zero)>(Counted::rnn_forward, stack.cell);
+    return forward<decltype(zero)>(a, stack, save);
+  });
+}
+
 RnnOutputs rnn_forward_cpu(std::string cell, const at::Tensor& x, const OptionalTensor& hx, const OptionalTensor& cx,
                            at::TensorList weights, at::TensorList dropout_masks, const OptionalTensor& lengths,
                            const OptionalTensor& batch_sizes, int64_t num_layers, bool bidirectional, bool bias,
                            bool save) {
-  one_thread_in_a_forked_child();
   const RnnArguments a{cell, x, hx, cx, weights, dropout_masks, lengths, batch_sizes, num_layers, bidirectional, bias};
-  const RnnStack stack(a);
-  return with_type(x.scalar_type(), [&](auto zero) {
-    count_call<decltype(zero)>(Counted::rnn_forward, stack.cell);
-    return forward<decltype(zero)>(a, stack, save);
-  });
+  RnnOutputs out = run_forward(a, RnnStack(a), save);
+  auto& [output, h_n, c_n, reserve] = out;
+  for (at::Tensor* absent : {&h_n, &c_n, &reserve})
+    if (!absent->defined()) *absent = empty({0}, x);
+  return out;
 }
 
 std::vector<at::Tensor> rnn_backward_cpu(

@@ -8,11 +8,11 @@ namespace fastseq {
 namespace {
 
 CellKind find_cell(const std::string& name) {
+  const auto& cells = cpu::kernels().cells;
+  for (const CellFacts& facts : cells)
+    if (name == facts.name) return static_cast<CellKind>(&facts - cells);
   std::string known;
-  for (const CellFacts& facts : cpu::kernels().cells) {
-    if (name == facts.name) return static_cast<CellKind>(&facts - cpu::kernels().cells);
-    known += (known.empty() ? "" : ", ") + std::string(facts.name);
-  }
+  for (const CellFacts& facts : cells) known += (known.empty() ? "" : ", ") + std::string(facts.name);
   TORCH_CHECK_VALUE(false, "cell must be one of ", known, "; got '", name, "'");
 }
 
@@ -31,11 +31,15 @@ void check_like(const char* name, const at::Tensor& t, const at::Tensor& x) {
       t.device() == x.device(), name, " must be on the device of the input, ", x.device(), "; got ", t.device());
 }
 
-void check_sizes(const std::string& name, const char* letters, const at::Tensor& t, at::IntArrayRef expected,
-                 const std::string& cell) {
-  TORCH_CHECK(
-      t.sizes() == expected, name, " must be ", letters, " = ", expected, " for cell '", cell, "'; got ", t.sizes());
+// `where` is put together only for the message: in a call of one step these checks are a part of the time.
+template <class Where>
+void check_sizes(const char* name, const Where& where, const char* letters, const at::Tensor& t,
+                 at::IntArrayRef expected, const std::string& cell) {
+  TORCH_CHECK(t.sizes() == expected, name, where(), " must be ", letters, " = ", expected, " for cell '", cell,
+              "'; got ", t.sizes());
 }
+
+const char* nowhere() { return ""; }
 
 at::Tensor int64_on_cpu(const char* name, const at::Tensor& t) {
   TORCH_CHECK(t.dim() == 1 && t.scalar_type() == at::kLong && t.device().is_cpu(), name,
@@ -90,18 +94,18 @@ RnnStack::RnnStack(const RnnArguments& a)
       "dropout_masks must be empty or one for each layer but the last, ", layers - 1, "; got ", a.dropout_masks.size());
   for (const at::Tensor& mask : a.dropout_masks) {
     check_like("a dropout mask", mask, a.x);
-    check_sizes("a dropout mask", "(T, B, D*Hout)", mask, output_sizes(a.x), a.cell);
+    check_sizes("a dropout mask", nowhere, "(T, B, D*Hout)", mask, output_sizes(a.x), a.cell);
   }
 }
 
 void RnnStack::check_weights(const RnnArguments& a) const {
   const int64_t GH = facts.gates * hidden_size;
   for (int64_t i = 0, n = 0; i < layers * directions; ++i) {
-    const std::string where = layers * directions > 1 ? " of layer " + std::to_string(i / directions) : "";
-    const auto check = [&](const char* name, const char* letters, std::vector<int64_t> expected) {
+    const auto where = [&] { return layers * directions > 1 ? " of layer " + std::to_string(i / directions) : ""; };
+    const auto check = [&](const char* name, const char* letters, std::initializer_list<int64_t> expected) {
       const at::Tensor& w = a.weights[n++];
       check_like(name, w, a.x);
-      check_sizes(name + where, letters, w, expected, a.cell);
+      check_sizes(name, where, letters, w, expected, a.cell);
     };
     check("w_ih", "(G*H, I)", {GH, layer_input_size(i / directions)});
     check("w_hh", projected ? "(G*H, P)" : "(G*H, H)", {GH, projected ? out_size : hidden_size});
@@ -118,11 +122,11 @@ void RnnStack::check_states(const RnnArguments& a) const {
   const char* letters = single_step ? "(B, Hout)" : "(num_layers*D, B, Hout)";
   if (a.hx) {
     check_like("hx", *a.hx, a.x);
-    check_sizes("hx", letters, *a.hx, state_sizes(out_size), a.cell);
+    check_sizes("hx", nowhere, letters, *a.hx, state_sizes(out_size), a.cell);
   }
   if (a.cx) {
     check_like("cx", *a.cx, a.x);
-    check_sizes("cx", letters, *a.cx, state_sizes(hidden_size), a.cell);
+    check_sizes("cx", nowhere, letters, *a.cx, state_sizes(hidden_size), a.cell);
   }
 }
 
@@ -185,13 +189,13 @@ Schedule RnnStack::schedule() const {
   return {steps, batch, nullptr, nullptr};
 }
 
-std::vector<int64_t> RnnStack::output_sizes(const at::Tensor& x) const {
-  std::vector<int64_t> sizes = x.sizes().vec();
+at::DimVector RnnStack::output_sizes(const at::Tensor& x) const {
+  at::DimVector sizes(x.sizes());
   sizes.back() = directions * out_size;
   return sizes;
 }
 
-std::vector<int64_t> RnnStack::state_sizes(int64_t state_size) const {
+at::DimVector RnnStack::state_sizes(int64_t state_size) const {
   if (single_step) return {batch, state_size};
   return {layers * directions, batch, state_size};
 }
@@ -212,12 +216,11 @@ RnnStack::LayerReserve RnnStack::layer_reserve(int64_t layer) const {
 }
 
 at::Tensor RnnStack::to_rows(const at::Tensor& padded) const {
-  const at::Tensor flat = padded.reshape({padded_rows, padded.size(-1)});
-  return rows.defined() ? flat.index_select(0, rows) : flat.contiguous();
+  return rows.defined() ? padded.reshape({padded_rows, padded.size(-1)}).index_select(0, rows) : padded.contiguous();
 }
 
 at::Tensor RnnStack::from_rows(const at::Tensor& all, at::IntArrayRef sizes) const {
-  if (!rows.defined()) return all.view(sizes);
+  if (!rows.defined()) return all.sizes() == sizes ? all : all.view(sizes);
   at::Tensor padded = at::zeros({padded_rows, all.size(1)}, all.options());
   padded.index_copy_(0, rows, all);
   return padded.view(sizes);

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/DimVector.h>
 
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../cpu/dispatch.h"
+#include "counters.h"
 
 namespace fastseq {
 
@@ -27,7 +29,7 @@ struct RnnArguments {
 };
 
 // A stack of layers: sizes, the schedule of the batch, where each tensor of the flat lists is.
-class RnnStack {
+class FASTSEQ_API RnnStack {
  public:
   explicit RnnStack(const RnnArguments& arguments);  // throws c10::Error: expected, got
 
@@ -48,8 +50,8 @@ class RnnStack {
   int64_t weights_per_direction() const { return 2 + (bias ? 2 : 0) + (projected ? 1 : 0); }
   int64_t layer_input_size(int64_t layer) const { return layer == 0 ? input_size : directions * out_size; }
 
-  std::vector<int64_t> output_sizes(const at::Tensor& x) const;
-  std::vector<int64_t> state_sizes(int64_t state_size) const;  // of hx, cx
+  at::DimVector output_sizes(const at::Tensor& x) const;
+  at::DimVector state_sizes(int64_t state_size) const;  // of hx, cx
 
   // The reserve: for each layer its output (N, D*Hout), then a direction's kept planes (N, kept*H) and, with a
   // projection, its emitted h (N, H). Sized for the padded rows.
@@ -59,7 +61,8 @@ class RnnStack {
   };
   LayerReserve layer_reserve(int64_t layer) const;
 
-  // x, an output or a gradient of one as contiguous (N, size) rows, and back.
+  // x, an output or a gradient of one as contiguous rows, N times its last size, and back. What is dense is left in its
+  // own sizes, as a call of one step would feel the cost of a view.
   at::Tensor to_rows(const at::Tensor& padded) const;
   at::Tensor from_rows(const at::Tensor& rows_of_all_steps, at::IntArrayRef sizes) const;
   // A state (L*D, B, size) in the schedule's row order, and back.
@@ -73,5 +76,10 @@ class RnnStack {
   void take_lengths(const at::Tensor& lengths);
   void make_offsets();
 };
+
+// Checked arguments to the outputs, with nothing about autograd: output, h_n, c_n, reserve. Undefined: h_n of a single
+// step, where it would equal the output; c_n of a cell without; the reserve if it was not to be saved.
+FASTSEQ_API std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_forward(const RnnArguments& arguments,
+                                                                                   const RnnStack& stack, bool save);
 
 }  // namespace fastseq

@@ -1,0 +1,348 @@
+// The direct call: what a layer or cell does in fastseq/rnn.py and what the operator does, in one go and without the
+// dispatcher, for the call in which nobody could tell the difference. A step of a small layer takes less time than
+// either of the two.
+//
+// kernel_obstacle in fastseq/rnn.py decides between kernel and torch. Nothing here decides that again: a call is plain
+// when its tensors would go through the dispatcher straight to the operator's CPU kernel, with nothing recorded,
+// transformed, traced or observed on the way. Any other call is None here, be it wrong, on another device or in another
+// dtype, and goes the way through fastseq/rnn.py, which knows all the words for what is wrong.
+#include "direct_call.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/record_function.h>
+#include <pybind11/pybind11.h>
+#include <strings.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include "probes.h"
+#include "rnn.h"
+#include "stack.h"
+
+namespace py = pybind11;
+
+namespace fastseq {
+
+namespace {
+
+int64_t calls = 0;  // under the GIL
+
+// ---- What is plain --------------------------------------------------------------------------------------------------
+
+// No mode or profiler that wants to see the operator, and no forward-mode AD, for which ops.rnn takes the reference.
+// Autocast, tracing, the modes of Python's dispatch and torch.func's transforms show in the keys that a tensor meets.
+bool plain_thread() {
+  return !at::impl::torch_function_mode_enabled() && !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION) &&
+         !torch::autograd::ForwardADLevel::try_get_by_idx(0);
+}
+
+class PlainTensors {
+ public:
+  // The tensor of an exact Tensor or Parameter that is plain, and of the dtype of those before; else null.
+  const at::Tensor* operator()(PyObject* object) {
+    if (!object || !THPVariable_CheckExact(object)) return nullptr;
+    const at::Tensor& t = THPVariable_Unpack(object);
+    const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
+    const c10::DispatchKeySet keys = (impl->key_set() | local_.included_) - local_.excluded_;
+    if (!keys.has(c10::DispatchKey::CPU) || (keys.raw_repr() & ~kPlainKeys.raw_repr())) return nullptr;
+    if (grad_ && impl->requires_grad()) return nullptr;
+    const at::ScalarType type = t.scalar_type();
+    if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16) return nullptr;
+    if (type_ == at::ScalarType::Undefined) type_ = type;
+    return type == type_ ? &t : nullptr;
+  }
+
+ private:
+  static constexpr c10::DispatchKeySet kPlainKeys{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                                  c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect};
+  const c10::impl::LocalDispatchKeySet local_ = c10::impl::tls_local_dispatch_key_set();
+  const bool grad_ = at::GradMode::is_enabled();
+  at::ScalarType type_ = at::ScalarType::Undefined;
+};
+
+// ---- A module's attributes ------------------------------------------------------------------------------------------
+
+PyObject* intern(const char* name) {
+  PyObject* out = PyUnicode_InternFromString(name);
+  if (!out) throw py::error_already_set();
+  return out;
+}
+
+struct Names {
+  PyObject* parameters = intern("_parameters");
+  PyObject* weight_names = intern("_flat_weights_names");
+  PyObject* mode = intern("mode");
+  PyObject* input_size = intern("input_size");
+  PyObject* hidden_size = intern("hidden_size");
+  PyObject* proj_size = intern("proj_size");
+  PyObject* num_layers = intern("num_layers");
+  PyObject* bidirectional = intern("bidirectional");
+  PyObject* bias = intern("bias");
+  PyObject* batch_first = intern("batch_first");
+  PyObject* dropout = intern("dropout");
+  PyObject* training = intern("training");
+  PyObject* weight_ih = intern("weight_ih");
+  PyObject* weight_hh = intern("weight_hh");
+  PyObject* bias_ih = intern("bias_ih");
+  PyObject* bias_hh = intern("bias_hh");
+};
+const Names* names = nullptr;  // made when the module is imported, and never let go
+
+// A look at a module's __dict__ that finds what is there in the usual form, or sets `odd`: a missing parameter is
+// computed from others, a flag that is no bool is left to Python's idea of truth.
+struct Attributes {
+  PyObject* dict;
+  bool odd = false;
+
+  PyObject* get(PyObject* name) {
+    PyObject* value = PyDict_GetItemWithError(dict, name);  // borrowed
+    if (!value) {
+      PyErr_Clear();
+      odd = true;
+    }
+    return value;
+  }
+  bool flag(PyObject* name) {
+    PyObject* value = get(name);
+    odd = odd || (value != Py_True && value != Py_False);
+    return value == Py_True;
+  }
+  int64_t integer(PyObject* name) {
+    PyObject* value = get(name);
+    odd = odd || !PyLong_CheckExact(value);
+    if (odd) return 0;
+    int overflow = 0;
+    const int64_t out = PyLong_AsLongLongAndOverflow(value, &overflow);
+    odd = overflow != 0;
+    return out;
+  }
+  Attributes parameters() {
+    PyObject* value = get(names->parameters);
+    odd = odd || !PyDict_Check(value);
+    return {value, odd};
+  }
+};
+
+// ---- The call -------------------------------------------------------------------------------------------------------
+
+struct Call {
+  std::string cell;
+  at::Tensor x;
+  OptionalTensor hx, cx;
+  c10::SmallVector<at::Tensor, 8> weights;
+  int64_t layers = 1;
+  bool bidirectional = false, bias = true;
+};
+
+// The interpreter's lock let go. Cheap enough for the smallest call, and better there too where threads stand in line.
+struct Unlocked {
+  PyThreadState* const state = PyEval_SaveThread();
+  ~Unlocked() { PyEval_RestoreThread(state); }
+};
+
+// `fits` judges the stack against the module's own sizes. False: the call is not plain, as the operator refused it.
+template <class Fits>
+bool run(const Call& call, const Fits& fits, RnnOutputs& outputs) {
+  try {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    static const OptionalTensor none;
+    const RnnArguments arguments{
+        call.cell, call.x, call.hx, call.cx, call.weights, {}, none, none, call.layers, call.bidirectional, call.bias};
+    const RnnStack stack(arguments);
+    if (!fits(stack)) return false;
+    const Unlocked unlocked;
+    outputs = run_forward(arguments, stack, false);
+    return true;
+  } catch (const std::exception&) {  // the operator will say it, in the usual way
+    return false;
+  }
+}
+
+// hx as a module takes it: None, h, or where there are two a tuple of h and c; each with as many dimensions as the
+// input.
+bool take_state(PyObject* hx, bool two, int64_t dim, PlainTensors& plain, Call& call) {
+  if (hx == Py_None) return true;
+  if (two && !(PyTuple_CheckExact(hx) && PyTuple_GET_SIZE(hx) == 2)) return false;
+  const at::Tensor* h = plain(two ? PyTuple_GET_ITEM(hx, 0) : hx);
+  const at::Tensor* c = two ? plain(PyTuple_GET_ITEM(hx, 1)) : h;
+  if (!h || !c || h->dim() != dim || c->dim() != dim) return false;
+  call.hx = *h;
+  if (two) call.cx = *c;
+  return true;
+}
+
+void add_dimension(Call& call, int64_t of_x, int64_t of_state) {
+  call.x = call.x.unsqueeze(of_x);
+  if (call.hx) call.hx = call.hx->unsqueeze(of_state);
+  if (call.cx) call.cx = call.cx->unsqueeze(of_state);
+}
+
+// The outputs are fresh, contiguous and nobody else's, so that other sizes need no view of them.
+void set_sizes(const at::Tensor& t, at::IntArrayRef sizes) { t.unsafeGetTensorImpl()->set_sizes_contiguous(sizes); }
+
+const CellFacts* find_cell(PyObject* name) {
+  static const std::vector<CellFacts> known = cells();
+  const char* text = PyUnicode_Check(name) ? PyUnicode_AsUTF8(name) : nullptr;
+  if (!text) PyErr_Clear();
+  for (const CellFacts& facts : known)
+    if (text && strcasecmp(text, facts.name) == 0) return &facts;
+  return nullptr;
+}
+
+py::object wrap(at::Tensor& t) {
+  PyObject* object = THPVariable_Wrap(std::move(t));
+  if (!object) throw python_error();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+py::object pair(py::object a, py::object b) {
+  PyObject* object = PyTuple_New(2);
+  if (!object) throw python_error();
+  PyTuple_SET_ITEM(object, 0, a.release().ptr());
+  PyTuple_SET_ITEM(object, 1, b.release().ptr());
+  return py::reinterpret_steal<py::object>(object);
+}
+
+// A new reference to None where the call is not plain.
+PyObject* call_layer(PyObject* dict, PyObject* input, PyObject* hx) {
+  PlainTensors plain;
+  const at::Tensor* x = plain(input);
+  if (!x || !plain_thread()) Py_RETURN_NONE;
+  const int64_t dim = x->dim();
+  if (dim != 2 && dim != 3) Py_RETURN_NONE;
+
+  Attributes self{dict};
+  PyObject* mode = self.get(names->mode);
+  PyObject* weight_names = self.get(names->weight_names);
+  Attributes parameters = self.parameters();
+  const int64_t input_size = self.integer(names->input_size), hidden_size = self.integer(names->hidden_size);
+  const int64_t proj_size = self.integer(names->proj_size);
+  Call call;
+  call.layers = self.integer(names->num_layers);
+  call.bidirectional = self.flag(names->bidirectional);
+  call.bias = self.flag(names->bias);
+  const bool batch_first = self.flag(names->batch_first);
+  if (self.flag(names->training)) {
+    PyObject* dropout = self.get(names->dropout);
+    self.odd = self.odd || !PyFloat_CheckExact(dropout) || PyFloat_AS_DOUBLE(dropout) != 0;
+  }
+  if (self.odd || !PyList_CheckExact(weight_names)) Py_RETURN_NONE;
+  if (x->size(dim - 1) != input_size || x->size(dim == 3 && batch_first ? 1 : 0) == 0) Py_RETURN_NONE;
+  const CellFacts* cell = find_cell(mode);
+  if (!cell) Py_RETURN_NONE;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(weight_names); ++i) {
+    const at::Tensor* weight = plain(parameters.get(PyList_GET_ITEM(weight_names, i)));
+    if (!weight) Py_RETURN_NONE;
+    call.weights.push_back(*weight);
+  }
+  call.x = *x;
+  if (!take_state(hx, cell->cell_state, dim, plain, call)) Py_RETURN_NONE;
+
+  call.cell = cell->name;
+  {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    if (dim == 2) {
+      add_dimension(call, 1, 1);
+    } else if (batch_first) {
+      call.x = call.x.transpose(0, 1);
+    }
+  }
+  RnnOutputs outputs;
+  const auto fits = [&](const RnnStack& stack) {
+    return stack.input_size == input_size && stack.hidden_size == hidden_size &&
+           stack.out_size == (proj_size ? proj_size : hidden_size);
+  };
+  if (!run(call, fits, outputs)) Py_RETURN_NONE;
+  auto& [output, h_n, c_n, reserve] = outputs;
+  if (dim == 2) {
+    set_sizes(output, {output.size(0), output.size(2)});
+    set_sizes(h_n, {h_n.size(0), h_n.size(2)});
+    if (cell->cell_state) set_sizes(c_n, {c_n.size(0), c_n.size(2)});
+  } else if (batch_first) {
+    const int64_t sizes[] = {output.size(1), output.size(0), output.size(2)};
+    const int64_t strides[] = {output.stride(1), output.stride(0), output.stride(2)};
+    output.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
+  }
+  ++calls;
+  py::object state = wrap(h_n);
+  if (cell->cell_state) state = pair(std::move(state), wrap(c_n));
+  return pair(wrap(output), std::move(state)).release().ptr();
+}
+
+PyObject* call_cell(PyObject* cell_name, PyObject* dict, PyObject* input, PyObject* hx) {
+  PlainTensors plain;
+  const at::Tensor* x = plain(input);
+  if (!x || !plain_thread()) Py_RETURN_NONE;
+  const int64_t dim = x->dim();
+  if (dim != 1 && dim != 2) Py_RETURN_NONE;
+
+  Attributes self{dict};
+  Attributes parameters = self.parameters();
+  const int64_t input_size = self.integer(names->input_size), hidden_size = self.integer(names->hidden_size);
+  const CellFacts* cell = find_cell(cell_name);
+  if (self.odd || !cell) Py_RETURN_NONE;
+  Call call;
+  call.bias = parameters.get(names->bias_ih) != Py_None;
+  for (PyObject* name : {names->weight_ih, names->weight_hh, names->bias_ih, names->bias_hh}) {
+    const at::Tensor* weight = plain(parameters.get(name));
+    if (!weight) Py_RETURN_NONE;
+    call.weights.push_back(*weight);
+    if (call.weights.size() == 2 && !call.bias) break;
+  }
+  call.x = *x;
+  if (parameters.odd || !take_state(hx, cell->cell_state, dim, plain, call)) Py_RETURN_NONE;
+
+  call.cell = cell->name;
+  if (dim == 1) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    add_dimension(call, 0, 0);
+  }
+  RnnOutputs outputs;
+  const auto fits = [&](const RnnStack& stack) {
+    return stack.input_size == input_size && stack.hidden_size == hidden_size && !stack.projected;
+  };
+  if (!run(call, fits, outputs)) Py_RETURN_NONE;
+  auto& [h, h_n, c, reserve] = outputs;
+  if (dim == 1) {
+    set_sizes(h, {h.size(1)});
+    if (cell->cell_state) set_sizes(c, {c.size(1)});
+  }
+  ++calls;
+  return (cell->cell_state ? pair(wrap(h), wrap(c)) : wrap(h)).release().ptr();
+}
+
+PyObject* direct_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 3 && PyDict_Check(args[0]), "direct_layer takes a layer's __dict__, input and hx");
+  return call_layer(args[0], args[1], args[2]);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* direct_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 4 && PyDict_Check(args[1]), "direct_cell takes a name, a cell's __dict__, input and hx");
+  return call_cell(args[0], args[1], args[2], args[3]);
+  END_HANDLE_TH_ERRORS
+}
+
+// Functions of the interpreter's own kind: pybind11's way to one of its functions takes as long as all checks here.
+PyMethodDef functions[] = {
+    {"direct_layer", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(direct_layer)), METH_FASTCALL,
+     "The result of a layer's call, from its __dict__, input and hx; None if the call is not plain."},
+    {"direct_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(direct_cell)), METH_FASTCALL,
+     "The result of a cell's call, from its name, __dict__, input and hx; None if the call is not plain."},
+    {nullptr, nullptr, 0, nullptr}};
+
+}  // namespace
+
+void add_direct_calls(PyObject* module) {
+  if (!names) names = new Names;
+  if (PyModule_AddFunctions(module, functions) != 0) throw py::error_already_set();
+}
+
+int64_t direct_calls() { return calls; }
+void reset_direct_calls() { calls = 0; }
+
+}  // namespace fastseq
