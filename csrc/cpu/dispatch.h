@@ -19,6 +19,8 @@ struct TypedKernels {
   void (*exp)(const T*, T*, int64_t);
   void (*sigmoid)(const T*, T*, int64_t);
   void (*tanh)(const T*, T*, int64_t);
+  // Probe for the benchmark: FLOP/s of so many rounds in registers on so many threads.
+  double (*fma_rate)(int64_t iterations, int threads);
 };
 
 struct Kernels {
@@ -26,6 +28,8 @@ struct Kernels {
   CellFacts cells[kCells];
   TypedKernels<float> f32;
   TypedKernels<double> f64;
+  // Probe for the benchmark: bytes/s read by so many threads, each so often over so many bytes of its own.
+  double (*read_rate)(int64_t bytes, int64_t repeats, int threads);
 
   template <class T>
   const TypedKernels<T>& typed() const;

@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <new>
 #if defined(__x86_64__)
@@ -38,6 +39,7 @@ namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
 #include "rnn_driver.h"
 #include "rnn_forward.h"
 #include "rnn_backward.h"
+#include "probe.h"
 
 template <class T, Vec<T> (*F)(Vec<T>)>
 void map(const T* x, T* y, int64_t n) {
@@ -56,6 +58,7 @@ constexpr TypedKernels<T> typed_kernels() {
       map<T, exp<T>>,
       map<T, sigmoid<T>>,
       map<T, tanh<T>>,
+      fma_rate<T>,
   };
 }
 
@@ -67,6 +70,7 @@ const Kernels kTable = {
 #undef X
     typed_kernels<float>(),
     typed_kernels<double>(),
+    read_rate,
 };
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE

@@ -67,4 +67,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "vec_math", [=](const std::string& f, const py::array_t<double, py::array::c_style>& x) { return probe(f, x); },
       py::arg("function"), py::arg("x").noconvert(), doc);
+
+  m.def("fma_rate", &fma_rate, py::arg("iterations"), py::arg("threads") = 1, py::arg("dtype") = "float32",
+        py::call_guard<py::gil_scoped_release>(),
+        "FLOP/s of multiply-adds in registers alone, `iterations` rounds of twelve vectors on each thread.");
+  m.def("read_rate", &read_rate, py::arg("bytes"), py::arg("repeats"), py::arg("threads") = 1,
+        py::call_guard<py::gil_scoped_release>(),
+        "Bytes/s that the threads read together, each `repeats` times over `bytes` of its own.");
 }

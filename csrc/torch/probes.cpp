@@ -29,4 +29,27 @@ void apply(const std::string& function, const T* x, T* y, int64_t n) {
 void vec_math(const std::string& function, const float* x, float* y, int64_t n) { apply(function, x, y, n); }
 void vec_math(const std::string& function, const double* x, double* y, int64_t n) { apply(function, x, y, n); }
 
+namespace {
+
+void check_positive(const char* name, int64_t value) {
+  if (value < 1) throw std::invalid_argument(std::string(name) + " must be at least 1; got " + std::to_string(value));
+}
+
+}  // namespace
+
+double fma_rate(int64_t iterations, int threads, const std::string& dtype) {
+  check_positive("iterations", iterations);
+  check_positive("threads", threads);
+  if (dtype == "float32") return cpu::kernels().f32.fma_rate(iterations, threads);
+  if (dtype == "float64") return cpu::kernels().f64.fma_rate(iterations, threads);
+  throw std::invalid_argument("dtype must be float32 or float64; got '" + dtype + "'");
+}
+
+double read_rate(int64_t bytes, int64_t repeats, int threads) {
+  check_positive("bytes", bytes);
+  check_positive("repeats", repeats);
+  check_positive("threads", threads);
+  return cpu::kernels().read_rate(bytes, repeats, threads);
+}
+
 }  // namespace fastseq
