@@ -40,6 +40,7 @@ SIZES = (
 INPUT_SIZES = ((1, 20), (80, 300), (400, 650), (400, 1150))
 """(I, H), with T = 100 and B = 1 and 16: I and H differ, and H is no power of two."""
 QUICK_SIZES = ((1, 1, 256), (100, 1, 128), (100, 16, 256))
+QUICK_SERIES = tuple((T, 1, 128) for T in (25, 50, 100))
 CELL_SIZES = ((50, 1, 256), (50, 64, 256))
 LENGTHS_SIZE = (100, 16, 256)
 STEPS_SERIES = tuple((T, 4, 128) for T in (25, 50, 100, 200, 400, 800))
@@ -122,13 +123,14 @@ def full() -> list[Point]:
 
 
 def quick() -> list[Point]:
-    """Under two minutes with all peers: a single step, a single row, some rows; one of bfloat16 and of each form."""
+    """Under two minutes with all peers: one step, one row, some rows; a little of bfloat16, each form, and growth."""
     layers = [
         Point(cell, mode, "float32", T, B, H, H)
         for cell, mode, (T, B, H) in itertools.product(CELLS, MODES, QUICK_SIZES)
     ]
     small = Point("GRU", "inference", "bfloat16", 100, 4, 128, 128)
-    return _once([*layers, small, *_forms(CELL_SIZES[:1], MODES[:1])])
+    series = [Point("GRU", "inference", "float32", T, B, H, H) for T, B, H in QUICK_SERIES]
+    return _once([*layers, small, *series, *_forms(CELL_SIZES[:1], MODES[:1])])
 
 
 def scaling() -> list[Point]:

@@ -20,18 +20,18 @@ MARKERS = dict(zip(PEERS, "osD^vP", strict=True))
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1180px; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1500px; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 3px 10px; border-bottom: 1px solid #eee; white-space: nowrap; vertical-align: top; }
+th, td { text-align: left; padding: 3px 8px; border-bottom: 1px solid #eee; white-space: nowrap; vertical-align: top; }
 td.long { white-space: normal; min-width: 18rem; }
 th { background: #f6f6f6; position: sticky; top: 0; }
 tr.marked td { background: #fdecee; }
 .incomplete { background: #fdecee; border-left: 4px solid #d1495b; padding: .5rem 1rem; }
 .note { color: #666; font-size: 13px; max-width: 60rem; }
-svg { max-width: 100%; height: auto; }
+svg { max-width: 1180px; width: 100%; height: auto; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; font-size: 13px; } dt { color: #666; }
 dd { margin: 0; }
 """

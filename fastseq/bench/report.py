@@ -81,20 +81,20 @@ def rows_table(document: Document) -> Table:
     lines = [_line(row, peers) for row in rows]
     marked = {number for number, row in enumerate(rows) if row.lost_to or row.ours is None}
     note = (
-        "A peer's column: its median over ours, and the quartiles of the ratios of single rounds; above 1 we are "
+        "A peer's column: its median over ours (the quartiles of single rounds' ratios) @threads; above 1 we are "
         "faster. – it does not do this; ? not installed; ! it failed. Floor: the fraction of it that we reach."
     )
-    return Table("Rows", ["row", "", "fastseq", "threads", "floor", *peers], lines, marked, note)
+    return Table("Rows", ["row", "", "fastseq", "floor", *peers], lines, marked, note)
 
 
 def _line(row: Row, peers: Sequence[str]) -> list[str]:
     if row.ours is None:
         why = row.contenders.get(OURS, {}).get("failed", "no sample counts")
-        return [row.point.key, f"! {why}", "–", "–", "–", *("–" for _ in peers)]
+        return [row.point.key, f"! {why}", "–", "–", *("–" for _ in peers)]
     mark = f"{LOST} to {row.lost_to[0]}" if row.lost_to else ""
     fraction = f"{row.fraction:.2f}" if row.fraction else "–"
-    threads = str(row.contenders[OURS]["threads"])
-    return [row.point.key, mark, duration(row.ours.median), threads, fraction, *(_ratio(row, peer) for peer in peers)]
+    ours = f"{duration(row.ours.median)} @{row.contenders[OURS]['threads']}"
+    return [row.point.key, mark, ours, fraction, *(_ratio(row, peer) for peer in peers)]
 
 
 def _ratio(row: Row, peer: str) -> str:
@@ -103,7 +103,7 @@ def _ratio(row: Row, peer: str) -> str:
         contender = row.contenders.get(peer, {"missing": ""})
         return "?" if "missing" in contender else "!" if "failed" in contender or "samples" in contender else "–"
     low, high = row.quartiles(peer)
-    return f"{ratio:.2f} ({low:.2f}–{high:.2f})"
+    return f"{ratio:.2f} ({low:.2f}–{high:.2f}) @{row.contenders[peer]['threads']}"
 
 
 def bars_table(document: Document) -> Table:

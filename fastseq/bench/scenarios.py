@@ -79,14 +79,14 @@ def busy(session: Session, point: Point, seconds: float) -> dict[str, Any]:
     worker = session.worker(OURS, 1)
     once = min(worker.ask("burst", 1, 1) for _ in range(3))
     calls = max(5, int(seconds / once))
-    alone = worker.ask("each", 1, calls)
+    alone = worker.ask("each", 1, calls, 2 * seconds)
     program = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nprint(flush=True)\nwhile True: pass"
     processor = max(os.sched_getaffinity(0))
     with subprocess.Popen([sys.executable, "-c", program, str(processor)], stdout=subprocess.PIPE) as other:
         try:
             assert other.stdout
             other.stdout.readline()
-            beside = session.worker(OURS, threads).ask("each", threads, calls)
+            beside = session.worker(OURS, threads).ask("each", threads, calls, 4 * seconds)
         finally:
             other.kill()
     return {"threads": threads, "alone": alone, "beside": beside}

@@ -195,22 +195,31 @@ class Session:
             calls, warm = _calls(once, BURST), _calls(once, BURST / 10) if once < _WARM_BELOW else 0
             bursts[name] = self._burst(name, threads, calls, warm)
             round_seconds += once * (calls + warm) + _GAP
-        try:
-            samples = interleave(
-                bursts,
-                rounds=rounds_within(self.row_seconds, round_seconds, self.rounds),
-                probe=self.probe,
-                settle=lambda name: self.worker(name, contenders[name]["threads"]).settle(),
-                noise=self.noise,
-            )
-        except Failed as reason:
-            contenders[OURS] = {"failed": f"the timing was broken off: {reason}"}
+        while OURS in bursts:
+            try:
+                samples = interleave(
+                    bursts,
+                    rounds=rounds_within(self.row_seconds, round_seconds, self.rounds),
+                    probe=self.probe,
+                    settle=lambda name: self.worker(name, contenders[name]["threads"]).settle(),
+                    noise=self.noise,
+                )
+            except _BurstFailed as failure:
+                contenders[failure.name] = {"failed": f"while it was timed: {failure}"}
+                del bursts[failure.name]
+                continue
+            for name, taken in samples.items():
+                contenders[name]["samples"] = taken
             return
-        for name, taken in samples.items():
-            contenders[name]["samples"] = taken
 
     def _burst(self, name: str, threads: int, calls: int, warm: int) -> Callable[[], float]:
-        return lambda: self.worker(name, threads).ask("burst", threads, calls, warm) / calls
+        def burst() -> float:
+            try:
+                return self.worker(name, threads).ask("burst", threads, calls, warm) / calls
+            except Failed as reason:
+                raise _BurstFailed(name, str(reason)) from None
+
+        return burst
 
     # ---- The other measures -----------------------------------------------------------------------------------------
 
@@ -233,6 +242,12 @@ class Session:
         except (Unsupported, Failed) as reason:
             found = {"failed": str(reason)}
         self.document[part][point.key] = {"point": point.as_dict(), **found}
+
+
+class _BurstFailed(Exception):
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name = name
 
 
 def _calls(once: float, seconds: float) -> int:
