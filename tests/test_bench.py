@@ -131,6 +131,13 @@ def test_the_machine_is_described_from_what_is_measured():
     assert rates == sorted(rates, reverse=True) and "memory" in machine["bandwidth"]
 
 
+def test_the_better_of_two_looks_at_a_machine_counts():
+    worse = json.loads(json.dumps(MACHINE))
+    worse["fma"]["2"], worse["bandwidth"]["L2"], worse["gemm"]["float32"]["rate"] = 1e11, 1e11, 5e10
+    assert roofline.better(worse, MACHINE) == roofline.better(MACHINE, worse) == MACHINE
+    assert roofline.better(worse, None) == worse
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_probe_of_registers_reads_a_rate_that_does_not_depend_on_its_length(dtype):
     short, long = (max(_C.fma_rate(n, 1, dtype) for _ in range(5)) for n in (20_000, 80_000))

@@ -29,7 +29,7 @@ from fastseq.bench.grid import Point
 LEVELS = ("L1", "L2", "L3", "memory")
 BYTES = {"float32": 4, "bfloat16": 2}
 GEMM_SIZES = (512, 1024, 2048)
-_READ_SECONDS = 0.05  # of one reading of a level's bandwidth
+_READ_SECONDS = 0.03  # of one reading of a level's bandwidth
 _SLOW_GEMM = 30e9  # FLOP/s below which larger matrices are not tried: they would take seconds
 
 
@@ -130,6 +130,19 @@ def measure(
         "bandwidth": bandwidth,
         "bandwidth of one": alone,
     }
+
+
+def better(found: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """The higher of two measurements of one machine, which may have been short of a processor during either."""
+    if before is None:
+        return found
+    merged = dict(found)
+    for part in ("fma", "bandwidth", "bandwidth of one"):
+        merged[part] = {name: max(rate, before[part].get(name, 0.0)) for name, rate in found[part].items()}
+    merged["gemm"] = {
+        dtype: max(gemm, before["gemm"][dtype], key=lambda gemm: gemm["rate"]) for dtype, gemm in found["gemm"].items()
+    }
+    return merged
 
 
 def _best_read(read_rate: Callable[[int, int, int], float], size: int, threads: int) -> float:

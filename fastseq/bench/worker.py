@@ -199,29 +199,28 @@ class Worker:
         self._process.wait()
 
     def settle(self, limit: float = 0.5) -> bool:
-        """Waits until its thread pools have stopped spinning, by the processor time that they use; False if never."""
-        end, before = time.monotonic() + limit, self._processor_seconds()
+        """Waits until its thread pools have stopped spinning: all threads asleep at two looks. False if never."""
+        end, asleep = time.monotonic() + limit, 0
         while time.monotonic() < end:
             time.sleep(_LOOK)
-            now = self._processor_seconds()
-            if now - before < 0.1 * _LOOK:
+            asleep = 0 if any(map(_runs, self.pids)) else asleep + 1
+            if asleep == 2:
                 return True
-            before = now
         return False
 
-    def _processor_seconds(self) -> float:
-        return sum(map(_processor_seconds, self.pids))
+
+_LOOK = 0.001  # seconds between two looks
 
 
-_LOOK = 0.002  # seconds between two looks at the time that a pool has used
-
-
-def _processor_seconds(pid: int) -> float:
-    """Of all threads of a process, those that run now included: the clock that clock_getcpuclockid(3) names."""
-    try:
-        return time.clock_gettime((~pid << 3) | 2)
-    except OSError:
-        return 0.0
+def _runs(pid: int) -> bool:
+    """Whether a thread of the process is running or ready to."""
+    for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+        try:
+            if stat.read_text().rpartition(") ")[2].startswith("R"):
+                return True
+        except OSError:  # the thread has just ended
+            continue
+    return False
 
 
 if __name__ == "__main__":
