@@ -62,6 +62,20 @@ def test_lengths_are_uniform_between_a_quarter_and_all_of_T():
     assert POINT.lengths() is None
 
 
+AFFORDABLE = [
+    p
+    for p in grid.full()
+    if p == Point(p.cell, "training", "float32", p.T, p.B, p.I, p.H) and p.T * p.B * p.H * (p.I + p.H) < 3e8
+]
+
+
+@pytest.mark.parametrize("point", AFFORDABLE, ids=lambda point: point.key.replace(" ", "-"))
+def test_what_is_timed_is_right(point):
+    ours, theirs = (peers.load(name).prepare(point, 2).results for name in (peers.OURS, "torch.nn"))
+    error, array = problem.difference(theirs, ours)
+    assert error < 1e-4, array
+
+
 # ---- Roofline --------------------------------------------------------------------------------------------------------
 
 MACHINE = {
@@ -227,6 +241,7 @@ def test_long_calls_get_fewer_rounds():
     assert harness.rounds_within(20, 4) == 5
     assert harness.rounds_within(20, 100) == harness.FEWEST_ROUNDS
     assert harness.rounds_within(20, 0.1, most=5) == 5
+    assert harness.rounds_within(20, 100, most=1) == 1
 
 
 # ---- Session, with made-up workers -----------------------------------------------------------------------------------

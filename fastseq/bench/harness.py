@@ -95,5 +95,5 @@ def summarise(samples: Sequence[Sequence[float]], noise: Noise) -> Summary | Non
 
 
 def rounds_within(seconds: float, round_seconds: float, most: int = ROUNDS) -> int:
-    """How many rounds of so many seconds fit: `most` at best, and FEWEST_ROUNDS whatever they take."""
-    return max(FEWEST_ROUNDS, min(most, int(seconds / max(round_seconds, 1e-9))))
+    """How many rounds of so many seconds fit: `most` at best, and FEWEST_ROUNDS of these whatever they take."""
+    return max(min(FEWEST_ROUNDS, most), min(most, int(seconds / max(round_seconds, 1e-9))))

@@ -105,7 +105,7 @@ def points_of(part: str, quick: bool) -> list[grid.Point]:
     points = {"streams": scenarios.stream_points, "busy": scenarios.busy_points, "memory": memory.points}[part]()
     if not quick:
         return points
-    return [point for point in points if point.cell == "GRU" and point.H <= 256][:1]
+    return [point for point in points if point.cell == "GRU" and (part != "memory" or point.mode == "training")][:1]
 
 
 def open_document(path: Path, fresh: bool, threads: list[int]) -> Document:
