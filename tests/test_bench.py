@@ -366,6 +366,14 @@ def test_results_are_compared_array_by_array():
     assert problem.difference(ours, {"output": ours["output"]}) == (math.inf, "d_x")
 
 
+def test_outputs_in_bfloat16_are_held_closer_than_gradients():
+    ones = {"output": np.ones(2, dtype=np.float32), "d_x": np.ones(2, dtype=np.float32)}
+    assert problem.disagreement("bfloat16", ones, {**ones, "d_x": ones["d_x"] + 0.1}) == (pytest.approx(0.1), None)
+    for dtype, array, distance in (("bfloat16", "output", 0.1), ("bfloat16", "d_x", 0.3), ("float32", "d_x", 0.002)):
+        _, wrong = problem.disagreement(dtype, ones, {**ones, array: ones[array] + np.float32(distance)})
+        assert wrong and f"its {array} differs" in wrong
+
+
 # ---- Judgement on made-up rows ---------------------------------------------------------------------------------------
 
 

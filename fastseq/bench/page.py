@@ -24,8 +24,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-
   padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #ddd; }
 .table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 3px 8px; border-bottom: 1px solid #eee; white-space: nowrap; vertical-align: top; }
+table { border-collapse: collapse; font-size: 12px; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 3px 6px; border-bottom: 1px solid #eee; white-space: nowrap; vertical-align: top; }
 td.long { white-space: normal; min-width: 18rem; }
 th { background: #f6f6f6; position: sticky; top: 0; }
 tr.marked td { background: #fdecee; }
@@ -162,7 +162,8 @@ def _growth(rows: Sequence[Row], letter: str) -> str | None:
                 axis.plot(x, y, color=COLOURS[peer], marker=MARKERS[peer], markersize=3, linewidth=1, label=peer)
         ours = [row.ours.median * 1e3 for row in taken if row.ours]
         axis.plot(sizes, ours, color=COLOURS[OURS], marker="o", markersize=4, linewidth=2, label=OURS)
-        axis.plot(sizes, [ours[-1] * n / sizes[-1] for n in sizes], color="#999", linestyle=":", label="in proportion")
+        power, label = (2, "as H²") if letter == "H" else (1, "in proportion")
+        axis.plot(sizes, [ours[-1] * (n / sizes[-1]) ** power for n in sizes], color="#999", linestyle=":", label=label)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xticks(sizes, [str(n) for n in sizes])

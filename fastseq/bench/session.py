@@ -11,7 +11,7 @@ from fastseq.bench import roofline, scenarios
 from fastseq.bench.grid import Point
 from fastseq.bench.harness import BURST, ROUNDS, Noise, interleave, rounds_within
 from fastseq.bench.peers import OURS, PEERS, Peer, Unsupported, load
-from fastseq.bench.problem import TOLERANCE, difference
+from fastseq.bench.problem import disagreement
 from fastseq.bench.results import Document
 from fastseq.bench.worker import Failed, Worker
 
@@ -166,9 +166,9 @@ class Session:
             for threads in self.thread_counts:
                 results, settings = self.worker(name, threads).prepare(point, threads)
                 reference = results if reference is None else reference
-                error, array = difference(reference, results)
-                if not error <= TOLERANCE[point.dtype]:
-                    return {"failed": f"its {array} differs from ours by {error:.1e} of the largest number; not timed"}
+                error, wrong = disagreement(point.dtype, reference, results)
+                if wrong:
+                    return {"failed": f"{wrong}; it was not timed"}
                 contender |= {"settings": settings, "error": max(error, contender.get("error", 0.0))}
                 seconds[threads] = self._trial(name, threads)
         except Unsupported as reason:
