@@ -16,7 +16,7 @@ from fastseq.bench.peers import PEERS
 from fastseq.bench.results import Document
 from fastseq.bench.session import ROW_SECONDS, Session, processors
 from fastseq.cli.info import facts
-from fastseq.cli.output import output_file, write
+from fastseq.cli.output import output_file, probe, write
 from fastseq.cli.progress import progress_bar
 
 PARTS = ("rows", "streams", "busy", "memory")
@@ -37,7 +37,7 @@ QUICK_ROUNDS, QUICK_ROW_SECONDS = 5, 1.5
 @click.option("--peer", "peers", multiple=True, type=click.Choice(PEERS), help="Only this peer (then incomplete).")
 @click.option("--threads", multiple=True, type=click.IntRange(min=1), help="To try; 1 and all otherwise.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Bursts of each side; 11, and 5 in a quick run.")
-@click.option("--json", "json_path", callback=output_file, default=DEFAULT, show_default=True, help="The results.")
+@click.option("--json", "json_path", callback=output_file, help=f"The results; {DEFAULT} otherwise.")
 @click.option("--fresh", is_flag=True, help="Begin anew, where the file of results would be continued.")
 @click.option("--html", "html_path", callback=output_file, help="The report; beside the results otherwise.")
 @click.option("--markdown", "markdown_path", callback=output_file, help="Also write the tables to this file.")
@@ -56,7 +56,7 @@ def bench(
     peers: tuple[str, ...],
     threads: tuple[int, ...],
     rounds: int | None,
-    json_path: Path,
+    json_path: Path | None,
     fresh: bool,
     html_path: Path | None,
     markdown_path: Path | None,
@@ -64,7 +64,7 @@ def bench(
     """Times fastseq next to its peers: torch.nn, ONNX Runtime, OpenVINO, jax and bare oneDNN.
 
     Everyone has a process of its own, gets the same numbers and must give the same results; then all take turns in
-    bursts of 20 ms. A ratio above 1 means that fastseq is faster. `pip install -e '.[bench]'` installs the peers; one
+    bursts of 20 ms. A ratio above 1 means that fastseq is faster. `pip install -e '.[demo,bench]'` installs the peers; one
     that is missing makes the report incomplete.
 
     Options that choose (--cell, --only, ...) may be repeated. Every row is written down when it is there: Ctrl-C loses
@@ -78,6 +78,8 @@ def bench(
     """
     if context.invoked_subcommand:
         return
+    json_path = json_path or Path(DEFAULT)
+    probe(json_path.parent)
     try:
         choice = {"cells": cells, "modes": modes, "dtypes": dtypes, "layers": layers, "directions": directions}
         choice["sizes"] = sizes

@@ -66,7 +66,7 @@ class Peer:
             try:
                 importlib.metadata.version(distribution)
             except importlib.metadata.PackageNotFoundError:
-                return f"{distribution} is not installed (pip install 'fastseq[bench]')"
+                return f"{distribution} is not installed (make bench, or pip install 'fastseq[bench]')"
         return None
 
     def version(self) -> str:
