@@ -44,12 +44,12 @@ bench: $(peers)
 lint: $(linters)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format --dry-run --Werror
+	find csrc bench -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format --dry-run --Werror
 
 format: $(linters)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format -i
+	find csrc bench -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format -i
 
 # ---- Set-up ----------------------------------------------------------------------------------------------------------
 $(tools):

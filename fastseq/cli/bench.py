@@ -64,8 +64,8 @@ def bench(
     """Times fastseq next to its peers: torch.nn, ONNX Runtime, OpenVINO, jax and bare oneDNN.
 
     Everyone has a process of its own, gets the same numbers and must give the same results; then all take turns in
-    bursts of 20 ms. A ratio above 1 means that fastseq is faster. `pip install -e '.[demo,bench]'` installs the peers; one
-    that is missing makes the report incomplete.
+    bursts of 20 ms. A ratio above 1 means that fastseq is faster. `pip install -e '.[demo,bench]'` installs the peers;
+    one that is missing makes the report incomplete.
 
     Options that choose (--cell, --only, ...) may be repeated. Every row is written down when it is there: Ctrl-C loses
     nothing, and the same command goes on with the same file of results. So the full grid can be done in parts:
