@@ -11,6 +11,7 @@ tools := $(VENV)/.fastseq-tools
 torch := $(VENV)/.fastseq-torch-$(TORCH)
 built := $(VENV)/.fastseq-built
 linters := $(VENV)/.fastseq-linters
+peers := $(VENV)/.fastseq-peers
 sources := $(shell find csrc cmake -name '*.h' -o -name '*.cpp' -o -name '*.in') CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: help install test demo bench lint format test-asan test-aarch64 test-faults clean FORCE
@@ -18,7 +19,7 @@ sources := $(shell find csrc cmake -name '*.h' -o -name '*.cpp' -o -name '*.in')
 help:
 	@echo 'make demo          train a character language model with fastseq next to torch.nn'
 	@echo 'make test          run the tests'
-	@echo 'make bench         a quick table of timings against torch.nn'
+	@echo 'make bench         install the peers, and time fastseq next to them: tables, and a page with plots'
 	@echo 'make install       build, and install into the virtual environment (all of the above do this first)'
 	@echo 'make lint          check the style of the Python and C++ code; make format repairs it'
 	@echo 'make test-asan     the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -37,18 +38,18 @@ test: $(built)
 demo: $(built)
 	$(bin)/python -m fastseq demo $(ARGS)
 
-bench: $(built)
-	$(bin)/python -m fastseq bench $(ARGS)
+bench: $(peers)
+	$(bin)/python -m fastseq bench $(if $(ARGS),$(ARGS),--quick --fresh)
 
 lint: $(linters)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format --dry-run --Werror
+	find csrc bench -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format --dry-run --Werror
 
 format: $(linters)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
-	find csrc -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format -i
+	find csrc bench -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format -i
 
 # ---- Set-up ----------------------------------------------------------------------------------------------------------
 $(tools):
@@ -67,6 +68,10 @@ $(torch): $(tools)
 $(built): $(torch) $(sources) build/made-for
 	@echo 'Building fastseq: a minute or two the first time.'
 	$(pip) install --no-build-isolation -e '.[demo,test]'
+	@touch $@
+
+$(peers): $(built)
+	$(pip) install --no-build-isolation -e '.[demo,bench]'
 	@touch $@
 
 $(linters): $(built)

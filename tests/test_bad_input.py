@@ -272,7 +272,7 @@ def gru_weights(dtype=torch.float32):
         (lambda x, w: ops.rnn("gru", x, None, zeros(1, B, H), w), "cx"),
         (lambda x, w: ops.rnn("gru", x[0, 0], None, None, w), r"must be \(T, B, I\)"),
         (lambda x, w: ops.rnn("gru", x[None], None, None, w), r"must be \(T, B, I\)"),
-        (lambda x, w: ops.rnn("gru", x.half(), None, None, [t.half() for t in w]), "float32 and float64"),
+        (lambda x, w: ops.rnn("gru", x.half(), None, None, [t.half() for t in w]), "float32, float64 and bfloat16"),
         (lambda x, w: ops.rnn("gru", x, None, None, w, lengths=torch.tensor([5, 4, 6, 1])), "got 6 for row 2"),
         (lambda x, w: ops.rnn("gru", x, None, None, w, lengths=torch.tensor([5, 4, 6])), "lengths"),
         (lambda x, w: ops.rnn("gru", x, None, None, w, lengths=torch.ones(B)), "lengths"),

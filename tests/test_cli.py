@@ -19,7 +19,9 @@ def fastseq(*arguments, check=None, **environment):
     return done
 
 
-@pytest.mark.parametrize("command", [(), ("info",), ("check",), ("bench",), ("demo",)])
+@pytest.mark.parametrize(
+    "command", [(), ("info",), ("check",), ("bench",), ("bench", "report"), ("bench", "compare"), ("demo",)]
+)
 def test_help_teaches(command):
     text = fastseq(*command, "--help", check=0).stdout
     assert "Usage: python -m fastseq" in text and len(text.splitlines()) > 5
@@ -106,14 +108,77 @@ def test_demo_stops_cleanly(text, tmp_path):
     assert not cell["complete"] and cell["losses"]["fastseq"]
 
 
-def test_bench_compares_before_it_times(tmp_path):
-    from fastseq.bench import Point, compare, full_grid, markdown
+BENCH = (
+    "--cell",
+    "GRU",
+    "--mode",
+    "inference",
+    "--only",
+    "H=128",
+    "--only",
+    "T=25",
+    "--peer",
+    "torch.nn",
+    "--rounds",
+    1,
+)
 
-    assert len(full_grid()) == 3 * 3 * 3 * 4 * 2 + 3 * 2 * 2
-    row = compare(Point("GRU", 5, 2, 16, "training"), rounds=3)
-    assert row.ratio > 0 and row.error < 1e-4
-    assert "| GRU | 5 | 2 | 16 | training |" in markdown([row])
+
+def test_bench_measures_reports_resumes_and_compares(tmp_path):
+    path = tmp_path / "results.json"
+    done = fastseq("bench", *BENCH, "--json", path, "--markdown", tmp_path / "tables.md", check=0)
+    assert "GRU inference float32 T25 B1 I128 H128" in done.stdout
+    assert "INCOMPLETE: jax was not measured: it was not asked for" in done.stdout
+    results = json.loads(path.read_text())
+    (row,) = results["rows"].values()
+    assert len(row["contenders"]["fastseq"]["samples"]) >= 1 and row["contenders"]["torch.nn"]["error"] < 1e-4
+    assert results["machine"]["gemm"]["float32"]["rate"] > results["machine"]["bandwidth"]["memory"] / 100 > 0
+    assert "<svg" in path.with_suffix(".html").read_text()
+    assert "| GRU inference float32 T25" in (tmp_path / "tables.md").read_text().replace("**", "")
+
+    again = fastseq("bench", *BENCH, "--json", path, check=0)
+    assert "1 of 1 rows were there" in again.stderr
+    assert json.loads(path.read_text())["rows"] == results["rows"]
+
+    slower = tmp_path / "slower.json"
+    for sample in row["contenders"]["fastseq"]["samples"]:
+        sample[0] *= 1.5
+    slower.write_text(json.dumps(results))
+    assert "0 regressions" in fastseq("bench", "compare", path, path, check=0).stdout
+    assert "REGRESSION" in fastseq("bench", "compare", path, slower, check=1).stdout
+    assert "GRU inference" in fastseq("bench", "report", slower, check=0).stdout
+
+    path.write_text(json.dumps(results | {"build": "another"}))
+    assert "was measured with another build" in fastseq("bench", *BENCH, "--json", path, check=2).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--only", "X=1"), "a size is chosen as T>=16"),
+        (("--only", "T=3"), "no point of the grid fits"),
+        (("--peer", "tensorflow"), "--peer"),
+        (("report", __file__), "cannot be read as results"),
+    ],
+)
+def test_bench_refuses_what_makes_no_sense_before_it_measures(arguments, message, tmp_path):
+    given = () if arguments[0] == "report" else ("--json", tmp_path / "results.json")
+    assert message in fastseq("bench", *given, *arguments, check=2).stderr
 
 
 def test_bench_refuses_a_folder_as_file(tmp_path):
     assert "is a folder" in fastseq("bench", "--json", tmp_path, check=2).stderr
+
+
+def test_bench_stopped_keeps_what_it_has(tmp_path):
+    path = tmp_path / "results.json"
+    command = [sys.executable, "-m", "fastseq", "bench", "--part", "rows", "--peer", "torch.nn", "--json", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (path.exists() and json.loads(path.read_text())["rows"]):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the same command goes on" in errors and "Traceback" not in errors
+    assert json.loads(path.read_text())["rows"] and "planned rows were not measured" in output

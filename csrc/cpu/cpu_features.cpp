@@ -9,9 +9,10 @@ bool machine_runs(const char* isa) {
   // The builtins read CPUID, and XGETBV for whether the operating system saves the registers.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (!std::strcmp(isa, "avx2")) return avx2;
-  if (!std::strcmp(isa, "avx512"))
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(isa, "avx512")) return avx512;
+  if (!std::strcmp(isa, "avx512bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return !std::strcmp(isa, "baseline") || !std::strcmp(isa, "neon");
 }

@@ -17,12 +17,17 @@ struct TypedKernels {
   void (*rnn_backward[kCells])(const RnnBackward<T>&);
 };
 
-// Probes for the tests of the vector mathematics: n numbers in, n out.
+// Parts of the kernels, for tests and the benchmark.
 template <class T>
-struct VectorFunctions {
+struct Probes {
+  // n numbers in, n out.
   void (*exp)(const T*, T*, int64_t);
   void (*sigmoid)(const T*, T*, int64_t);
   void (*tanh)(const T*, T*, int64_t);
+  // c (m, n) = a (m, k) b (k, n), all row-major.
+  void (*gemm)(int threads, int64_t m, int64_t n, int64_t k, const T* a, const T* b, T* c);
+  // FLOP/s of so many rounds in registers on so many threads.
+  double (*fma_rate)(int64_t iterations, int threads);
 };
 
 struct Kernels {
@@ -31,13 +36,15 @@ struct Kernels {
   TypedKernels<float> f32;
   TypedKernels<double> f64;
   TypedKernels<bfloat16> bf16;
-  VectorFunctions<float> functions_f32;
-  VectorFunctions<double> functions_f64;
+  Probes<float> probes_f32;
+  Probes<double> probes_f64;
+  // For the benchmark: bytes/s read by so many threads, each so often over so many bytes of its own.
+  double (*read_rate)(int64_t bytes, int64_t repeats, int threads);
 
   template <class T>
   const TypedKernels<T>& typed() const;
   template <class T>
-  const VectorFunctions<T>& functions() const;
+  const Probes<T>& probes() const;
 };
 template <>
 inline const TypedKernels<float>& Kernels::typed<float>() const {
@@ -52,12 +59,12 @@ inline const TypedKernels<bfloat16>& Kernels::typed<bfloat16>() const {
   return bf16;
 }
 template <>
-inline const VectorFunctions<float>& Kernels::functions<float>() const {
-  return functions_f32;
+inline const Probes<float>& Kernels::probes<float>() const {
+  return probes_f32;
 }
 template <>
-inline const VectorFunctions<double>& Kernels::functions<double>() const {
-  return functions_f64;
+inline const Probes<double>& Kernels::probes<double>() const {
+  return probes_f64;
 }
 
 // The best instruction set of this build that the machine runs, or the one FASTSEQ_ISA names; chosen once. Throws

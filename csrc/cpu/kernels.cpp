@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <new>
 #if defined(__x86_64__)
@@ -41,6 +42,7 @@ namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
 #include "rnn_driver.h"
 #include "rnn_forward.h"
 #include "rnn_backward.h"
+#include "probe.h"
 
 template <class T, Vec<T> (*F)(Vec<T>)>
 void map(const T* x, T* y, int64_t n) {
@@ -59,8 +61,16 @@ constexpr TypedKernels<T> typed_kernels() {
   };
 }
 template <class T>
-constexpr VectorFunctions<T> vector_functions() {
-  return {map<T, exp<T>>, map<T, sigmoid<T>>, map<T, tanh<T>>};
+constexpr Probes<T> probes_of() {
+  return {
+      map<T, exp<T>>,
+      map<T, sigmoid<T>>,
+      map<T, tanh<T>>,
+      [](int threads, int64_t m, int64_t n, int64_t k, const T* a, const T* b, T* c) {
+        gemm(threads, m, n, k, rows_of(a, k), rows_of(b, n), false, c, n);
+      },
+      fma_rate<T>,
+  };
 }
 
 extern const Kernels kTable;
@@ -72,8 +82,9 @@ const Kernels kTable = {
     typed_kernels<float>(),
     typed_kernels<double>(),
     typed_kernels<bfloat16>(),
-    vector_functions<float>(),
-    vector_functions<double>(),
+    probes_of<float>(),
+    probes_of<double>(),
+    read_rate,
 };
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE

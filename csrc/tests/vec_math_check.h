@@ -126,7 +126,7 @@ template <class T>
 void check_vec_math(Report& report, const cpu::Kernels& kernels, bool quick) {
   using W = typename Wider<T>::type;
   report.where = std::string(kernels.isa) + (sizeof(T) == 4 ? " float" : " double");
-  const auto& table = kernels.functions<T>();
+  const auto& table = kernels.probes<T>();
   const T infinity = std::numeric_limits<T>::infinity();
   const auto exactly = [&](const std::string& what, void (*function)(const T*, T*, int64_t), T x, T want) {
     T y;

@@ -75,4 +75,29 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "vec_math", [=](const std::string& f, const py::array_t<double, py::array::c_style>& x) { return probe(f, x); },
       py::arg("function"), py::arg("x").noconvert(), doc);
+
+  m.def(
+      "gemm",
+      [](const py::array_t<float, py::array::c_style>& a, const py::array_t<float, py::array::c_style>& b) {
+        if (a.ndim() != 2 || b.ndim() != 2 || a.shape(1) != b.shape(0))
+          throw std::invalid_argument("gemm takes a (m, k) and b (k, n)");
+        auto c = py::array_t<float>({a.shape(0), b.shape(1)});
+        const float *a_data = a.data(), *b_data = b.data();
+        float* c_data = c.mutable_data();
+        const int64_t m = a.shape(0), n = b.shape(1), k = a.shape(1);
+        {
+          py::gil_scoped_release unlocked;
+          gemm(m, n, k, a_data, b_data, c_data);
+        }
+        return c;
+      },
+      py::arg("a").noconvert(), py::arg("b").noconvert(),
+      "a b of contiguous float32 matrices (m, k) and (k, n), by the kernels' own product on torch's number of "
+      "threads.");
+  m.def("fma_rate", &fma_rate, py::arg("iterations"), py::arg("threads") = 1, py::arg("dtype") = "float32",
+        py::call_guard<py::gil_scoped_release>(),
+        "FLOP/s of multiply-adds in registers alone, `iterations` rounds of twelve vectors on each thread.");
+  m.def("read_rate", &read_rate, py::arg("bytes"), py::arg("repeats"), py::arg("threads") = 1,
+        py::call_guard<py::gil_scoped_release>(),
+        "Bytes/s that the threads read together, each `repeats` times over `bytes` of its own.");
 }

@@ -1,10 +1,8 @@
-"""Timing of fastseq's layers next to torch.nn's.
+"""The benchmark: fastseq next to its peers, and next to what the machine can do at all.
 
-Ratios within one run only: the two sides take turns in short bursts, the medians are compared, and the results are
-checked to be equal before anything is timed.
+Ratios within one run only. Every contender computes in a process of its own (`worker`), gets the same numbers
+(`problem`) and must give the same results before anything is timed (`session`); all take turns in short bursts
+(`harness`). `grid` says what is measured, `peers` who is there, `roofline` what cannot be beaten, `scenarios` and
+`memory` what is no single call; `results` is the document of a run, which `report` and `page` show, `bars` judges and
+`compare` holds against another.
 """
-
-from fastseq.bench.compare import MODES, Point, Row, compare, full_grid, quick_grid
-from fastseq.bench.table import markdown, ratio_table
-
-__all__ = ["MODES", "Point", "Row", "compare", "full_grid", "markdown", "quick_grid", "ratio_table"]

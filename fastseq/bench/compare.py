@@ -1,122 +1,75 @@
-"""One point of the benchmark: a layer or cell of torch.nn and ours with the same weights, timed in turns."""
+"""Two runs side by side: which rows became slower, and by more than the noise explains."""
 
 from __future__ import annotations
 
-import itertools
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-import torch
+from fastseq.bench import results
+from fastseq.bench.harness import Summary
+from fastseq.bench.results import Document, Row
 
-import fastseq
-
-LAYERS = ("RNN", "GRU", "LSTM")
-CELLS = ("RNNCell", "GRUCell", "LSTMCell")  # called once a step, in a Python loop
-MODES = ("inference", "training")  # training: forward and backward
-BURST = 0.02  # seconds one side computes before it is the other's turn
+THRESHOLD = 0.05
 
 
 @dataclass(frozen=True)
-class Point:
-    """What is timed: one layer, or a cell in a loop; I = H, float32."""
+class Change:
+    """A row that both runs have. The summaries are of seconds, or of times in units of a peer's."""
 
-    name: str  # of the class, in fastseq and in torch.nn
-    T: int
-    B: int
-    H: int
-    mode: str
+    key: str
+    before: Summary
+    after: Summary
+    threshold: float
 
+    @property
+    def ratio(self) -> float:
+        """After over before: above 1 it became slower."""
+        return self.after.median / self.before.median
 
-@dataclass(frozen=True)
-class Row:
-    """What was measured at a point: medians in milliseconds, their quartiles, and the ratio torch / fastseq."""
+    @property
+    def regression(self) -> bool:
+        """Slower by more than the threshold, and the middle halves of the two runs do not overlap."""
+        return self.ratio > 1 + self.threshold and self.after.low > self.before.high
 
-    point: Point
-    torch_ms: float
-    fastseq_ms: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    error: float
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain data for JSON."""
-        return asdict(self)
+    @property
+    def improvement(self) -> bool:
+        """The same the other way around."""
+        return self.ratio < 1 / (1 + self.threshold) and self.after.high < self.before.low
 
 
-def quick_grid(names: tuple[str, ...] = LAYERS + CELLS) -> list[Point]:
-    """Under two minutes: a single row, a few, many; cells in a loop."""
-    return _grid(names, [(1, 1, 256), (100, 1, 128), (100, 16, 256), (50, 64, 256)])
-
-
-def full_grid(names: tuple[str, ...] = LAYERS + CELLS) -> list[Point]:
-    """T in 1, 100, 512; B in 1, 16, 64; H in 64, 128, 256, 512; cells in a loop."""
-    return _grid(names, list(itertools.product((1, 100, 512), (1, 16, 64), (64, 128, 256, 512))))
-
-
-def _grid(names: tuple[str, ...], layer_sizes: list[tuple[int, int, int]]) -> list[Point]:
-    sizes = {name: [(50, 1, 256), (50, 64, 256)] if name in CELLS else layer_sizes for name in names}
-    return [Point(name, *size, mode) for name in names for size in sizes[name] for mode in MODES]
-
-
-def compare(point: Point, rounds: int = 11, seconds: float = 30.0) -> Row:
-    """Times a point.
+def changes(
+    before: Document, after: Document, threshold: float = THRESHOLD, relative_to: str | None = None
+) -> list[Change]:
+    """Of all rows of ours in both documents, the largest loss first.
 
     Args:
-        point: what to time.
-        rounds: bursts of each side; fewer (at least three) where they would take longer than `seconds` in all.
-        seconds: see rounds.
-
-    Raises:
-        ArithmeticError: the two sides do not compute the same; nothing is timed then.
+        threshold: how much slower a median may be, as a fraction.
+        relative_to: a peer in whose times ours are expressed, each from the same round: then the machine may have been
+            faster or slower in one of the runs, as long as that peer was too.
     """
-    torch.manual_seed(0)
-    theirs = getattr(torch.nn, point.name)(point.H, point.H)
-    ours = getattr(fastseq, point.name)(point.H, point.H)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(point.T, point.B, point.H, requires_grad=point.mode == "training")
-    d_output = torch.randn(point.T, point.B, point.H)
-
-    def output_of(module: torch.nn.Module) -> torch.Tensor:
-        if point.name in LAYERS:
-            return module(x)[0]
-        state, outputs = None, []
-        for x_t in x:
-            state = module(x_t, state)
-            outputs.append(state[0] if isinstance(state, tuple) else state)
-        return torch.stack(outputs)
-
-    def run(module: torch.nn.Module) -> torch.Tensor:
-        if point.mode == "inference":
-            with torch.no_grad():
-                return output_of(module)
-        output = output_of(module)
-        x.grad = None
-        module.zero_grad()
-        output.backward(d_output)
-        return x.grad
-
-    difference = (run(ours) - run(theirs)).abs().max().item()
-    if not difference <= 1e-3:
-        raise ArithmeticError(f"fastseq and torch.nn differ by {difference:.1e} at {point}: nothing was timed")
-    once = min(_seconds(run, theirs, 1) for _ in range(2)) + min(_seconds(run, ours, 1) for _ in range(2))
-    repeats = max(1, round(2 * BURST / once))
-    rounds = max(3, min(rounds, int(seconds / (once * repeats))))
-    samples: dict[str, list[float]] = {"torch": [], "fastseq": []}
-    for i in range(rounds):
-        sides = [("torch", theirs), ("fastseq", ours)]
-        for name, module in sides if i % 2 == 0 else reversed(sides):
-            samples[name].append(_seconds(run, module, repeats) / repeats * 1e3)
-    ratios = [a / b for a, b in zip(samples["torch"], samples["fastseq"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    torch_ms, fastseq_ms = (statistics.median(samples[name]) for name in ("torch", "fastseq"))
-    return Row(point, torch_ms, fastseq_ms, torch_ms / fastseq_ms, low, high, difference)
+    olds = {row.point.key: row for row in results.rows(before)}
+    found = []
+    for new in results.rows(after):
+        old = olds.get(new.point.key)
+        summaries = [_summary(row, relative_to) for row in (old, new) if row is not None]
+        if len(summaries) == 2 and summaries[0] and summaries[1]:
+            found.append(Change(new.point.key, summaries[0], summaries[1], threshold))
+    return sorted(found, key=lambda change: -change.ratio)
 
 
-def _seconds(run: Callable[[torch.nn.Module], object], module: torch.nn.Module, repeats: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        run(module)
-    return time.perf_counter() - begin
+def _summary(row: Row, relative_to: str | None) -> Summary | None:
+    if relative_to is None or row.ours is None:
+        return row.ours
+    ratio = row.ratio(relative_to)
+    if ratio is None:
+        return None
+    low, high = row.quartiles(relative_to)
+    return Summary(1 / ratio, 1 / high, 1 / low, row.ours.kept, row.ours.discarded)
+
+
+def why_not_comparable(before: Document, after: Document) -> str | None:
+    """What makes times of the two documents no measure of each other; None where nothing does."""
+    for fact in ("processor", "torch"):
+        old, new = (document["host"].get(fact) for document in (before, after))
+        if old != new:
+            return f"the two runs were on another {fact}: {old} and {new}"
+    return None

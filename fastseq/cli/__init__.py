@@ -17,7 +17,7 @@ def main() -> None:
     \b
     python -m fastseq info     what was built, and what this machine runs
     python -m fastseq check    whether the kernels compute the right numbers here
-    python -m fastseq bench    how fast they are here, next to torch.nn
+    python -m fastseq bench    how fast they are here, next to other libraries
     python -m fastseq demo     a character language model trained with both
     """
 

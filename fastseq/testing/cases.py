@@ -1,4 +1,5 @@
-"""The one list of cases that the tests, `python -m fastseq check` and the benchmark run, and what a case is made of.
+"""The one list of cases that the tests and `python -m fastseq check` run, and what a case is made of: a point of the
+benchmark (`fastseq.bench.grid`) is one too.
 
 Letters: T time steps, B batch, I input size, H hidden size, P projected size (H without projection), L layers,
 D directions, N rows of packed data.

@@ -1,0 +1,74 @@
+// How fast this machine is at best: the measures that the benchmark holds everything else against.
+#pragma once
+
+inline double seconds_now() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+// Keeps the compiler from dropping the computation of v.
+template <class T>
+FASTSEQ_INLINE void keep(Vec<T> v) {
+  T lanes[Vec<T>::size];
+  v.store(lanes);
+  asm volatile("" : : "r"(lanes) : "memory");
+}
+
+// FLOP/s of `iterations` rounds of independent multiply-adds in registers, on each of `threads` threads.
+template <class T>
+double fma_rate(int64_t iterations, int threads) {
+  constexpr int chains = 12;  // two units of four cycles' latency are busy with eight
+  Barrier start, end;
+  double seconds = 0;
+  int members = 1;
+  parallel(threads, [&](int member, int team) {
+    Vec<T> sums[chains];
+    for (int i = 0; i < chains; ++i) sums[i] = Vec<T>(T(i));
+    const Vec<T> factor = Vec<T>(T(0.5)), term = Vec<T>(T(1));
+    start.wait(team);
+    const double begin = seconds_now();
+    for (int64_t n = 0; n < iterations; ++n)
+      for (int i = 0; i < chains; ++i) sums[i] = fma(sums[i], factor, term);
+    for (int i = 0; i < chains; ++i) keep(sums[i]);
+    end.wait(team);
+    if (member == 0) {
+      seconds = seconds_now() - begin;
+      members = team;
+    }
+  });
+  return 2.0 * chains * Vec<T>::size * static_cast<double>(iterations) * members / seconds;
+}
+
+// Bytes/s that `threads` threads read together, each `repeats` times over `bytes` of its own.
+inline double read_rate(int64_t bytes, int64_t repeats, int threads) {
+  using V = Vec<float>;
+  constexpr int vectors = 8;
+  constexpr int64_t block = vectors * static_cast<int64_t>(sizeof(V));
+  const int64_t blocks = bytes > block ? bytes / block : 1;
+  Workspace<char> memory;
+  char* const buffers = memory.allocate(threads * blocks * block);
+  Barrier start, end;
+  double seconds = 0;
+  int members = 1;
+  parallel(threads, [&](int member, int team) {
+    char* const buffer = buffers + member * blocks * block;
+    memset(buffer, 0, blocks * block);
+    V sums[vectors];
+    for (int i = 0; i < vectors; ++i) sums[i] = V(0);
+    start.wait(team);
+    const double begin = seconds_now();
+    for (int64_t n = 0; n < repeats; ++n)
+      for (int64_t b = 0; b < blocks; ++b) {
+        const float* const p = reinterpret_cast<const float*>(buffer + b * block);
+        for (int i = 0; i < vectors; ++i) sums[i] = sums[i] + V::load(p + i * V::size);
+      }
+    for (int i = 0; i < vectors; ++i) keep(sums[i]);
+    end.wait(team);
+    if (member == 0) {
+      seconds = seconds_now() - begin;
+      members = team;
+    }
+  });
+  return static_cast<double>(blocks * block) * static_cast<double>(repeats) * members / seconds;
+}

@@ -1,0 +1,63 @@
+"""A point as an ONNX model: what ONNX Runtime and OpenVINO run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastseq.bench.grid import Point
+from fastseq.bench.problem import Array, Numbers
+
+GATE_ORDER = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
+"""ONNX's gates by their place in PyTorch's order: z r h of r z n, i o f c of i f g o."""
+
+
+def build(point: Point) -> bytes:
+    """The serialized model: "x" (T, B, I) to "output" (T, B, D*H); one recurrent node a layer, weights inside."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    numbers = Numbers.of(point)
+    H, D = point.H, point.directions
+    nodes, constants = [], [numpy_helper.from_array(np.array([0, 0, -1], dtype=np.int64), "rows")]
+    below = "x"
+    for layer in range(point.layers):
+        places = [[_reordered(w, point) for w in numbers.place(layer, direction)] for direction in range(D)]
+        inputs = [below]
+        for name, arrays in {
+            "W": [w_ih for w_ih, _, _, _ in places],
+            "R": [w_hh for _, w_hh, _, _ in places],
+            "B": [np.concatenate((b_ih, b_hh)) for _, _, b_ih, b_hh in places],
+        }.items():
+            constants.append(numpy_helper.from_array(np.stack(arrays), f"{name}{layer}"))
+            inputs.append(f"{name}{layer}")
+        options: dict[str, object] = {"hidden_size": H, "direction": "bidirectional" if D == 2 else "forward"}
+        if point.cell == "GRU":
+            options["linear_before_reset"] = 1
+        above = "output" if layer == point.layers - 1 else f"output{layer}"
+        nodes += [
+            helper.make_node(point.cell, inputs, [f"Y{layer}"], **options),  # (T, D, B, H)
+            helper.make_node("Transpose", [f"Y{layer}"], [f"rows{layer}"], perm=[0, 2, 1, 3]),
+            helper.make_node("Reshape", [f"rows{layer}", "rows"], [above]),
+        ]
+        below = above
+    graph = helper.make_graph(
+        nodes,
+        "point",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [point.T, point.B, point.I])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [point.T, point.B, D * H])],
+        constants,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+def _reordered(w: Array, point: Point) -> Array:
+    gates = w.reshape(point.gates, point.H, *w.shape[1:])
+    return np.ascontiguousarray(gates[list(GATE_ORDER[point.cell])]).reshape(w.shape)
+
+
+def unsupported(point: Point) -> str | None:
+    """What no runtime of ONNX models does here."""
+    if point.mode == "training":
+        return "inference only"
+    if point.form != "layer":
+        return "measured for whole layers and full rows"
+    return None

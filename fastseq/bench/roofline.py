@@ -1,0 +1,163 @@
+"""What the machine can do at best, measured once a run, and the time below which a row cannot come.
+
+The floor of a row is the sum over its products of
+
+    max(operations / GEMM peak, weight bytes / bandwidth of the level that they fit in)
+
+For each layer and direction of N rows in all (T B, or fewer with lengths) the products are
+
+    projection   gx = x W_ihᵀ    2 N I G H operations   G H I numbers, read once
+    recurrence   gh = h W_hhᵀ    2 N H G H operations   G H² numbers, read once a step, T times
+
+and in training also dx = dgx W_ih and dW_ih = dgxᵀ x, each like the projection, dh = dgh W_hh like the recurrence,
+and dW_hh = dghᵀ h, 2 N H G H operations and G H² numbers once. In the layers above the first, I is D H. The GEMM peak
+is the best of torch, oneDNN and ours in the row's dtype on all processors (float32's where bfloat16's is slower). The
+threads share the weights: a level holds them if all of its caches together do, and gives the bandwidth of all threads
+together.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastseq.bench.grid import Point
+
+LEVELS = ("L1", "L2", "L3", "memory")
+BYTES = {"float32": 4, "bfloat16": 2}
+GEMM_SIZES = (512, 1024, 2048)
+_READ_SECONDS = 0.03  # of one reading of a level's bandwidth
+_SLOW_GEMM = 30e9  # FLOP/s below which larger matrices are not tried: they would take seconds
+
+
+@dataclass(frozen=True)
+class Product:
+    """One of a row's products: operations, bytes of the weights, and how often these are read."""
+
+    name: str
+    operations: float
+    weight_bytes: int
+    reads: int
+
+
+def products(point: Point) -> Iterator[Product]:
+    """Those that the floor adds up."""
+    lengths = point.lengths()
+    rows = point.T * point.B if lengths is None else int(lengths.sum())
+    G, H, size = point.gates, point.H, BYTES[point.dtype]
+    for layer in range(point.layers):
+        inputs = point.I if layer == 0 else point.directions * H
+        for _ in range(point.directions):
+            projection = (2.0 * rows * inputs * G * H, G * H * inputs * size)
+            recurrence = (2.0 * rows * H * G * H, G * H * H * size)
+            yield Product("projection", *projection, 1)
+            yield Product("recurrence", *recurrence, point.T)
+            if point.mode == "training":
+                yield Product("dx", *projection, 1)
+                yield Product("dW_ih", *projection, 1)
+                yield Product("dh", *recurrence, point.T)
+                yield Product("dW_hh", *recurrence, 1)
+
+
+def floor(point: Point, machine: dict[str, Any]) -> float:
+    """Seconds below which the point cannot come on a machine as `measure` describes it."""
+    peak = max(machine["gemm"][dtype]["rate"] for dtype in {"float32", point.dtype})
+    return sum(
+        max(p.operations / peak, p.reads * p.weight_bytes / machine["bandwidth"][level_of(p.weight_bytes, machine)])
+        for p in products(point)
+    )
+
+
+def level_of(size: int, machine: dict[str, Any]) -> str:
+    """The nearest level that holds so many bytes when the threads share them."""
+    return next((level for level in LEVELS[:-1] if size <= machine["caches"].get(level, 0)), "memory")
+
+
+def caches(threads: int, root: str = "/sys/devices/system/cpu/cpu0/cache") -> dict[str, int]:
+    """Bytes of each level that so many threads have together: L1 and L2 one a core, L3 one for all that share it."""
+    found = {}
+    for folder in sorted(Path(root).glob("index*")):
+        kind, level, size = ((folder / name).read_text().strip() for name in ("type", "level", "size"))
+        if kind == "Instruction":
+            continue
+        sharers = _count((folder / "shared_cpu_list").read_text())
+        instances = -(-threads // sharers)
+        found[f"L{level}"] = int(size.removesuffix("K")) * 1024 * instances
+    return found
+
+
+def _count(cpus: str) -> int:
+    ranges = [part.partition("-") for part in cpus.strip().split(",")]
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ranges)
+
+
+def measure(
+    threads: int,
+    fma_rate: Callable[[int, int], float],
+    read_rate: Callable[[int, int, int], float],
+    gemm_rates: dict[str, Callable[[str, int], float | None]],
+) -> dict[str, Any]:
+    """The machine as plain data: "threads", "caches", "fma", "gemm", "bandwidth" and "bandwidth of one".
+
+    Args:
+        threads: all of them.
+        fma_rate: (iterations, threads) -> FLOP/s in registers.
+        read_rate: (bytes a thread, repeats, threads) -> bytes/s.
+        gemm_rates: by peer, (dtype, size) -> FLOP/s on all threads, None or an error where it has no such product.
+    """
+    sizes = caches(threads)
+    nearest = 1 << 15
+    bandwidth, alone = {}, {}
+    for level in LEVELS:
+        # Half of what a thread has of the level, and out of reach of the level before it.
+        each = sizes.get(level, 0) // threads // 2
+        if level == "memory":
+            each = min(4 * max(sizes.values(), default=1 << 25), 1 << 28)
+        elif not each:
+            continue
+        each = max(each, nearest)
+        bandwidth[level] = _best_read(read_rate, each, threads)
+        alone[level] = _best_read(read_rate, each, 1)
+        nearest = 2 * each
+    return {
+        "threads": threads,
+        "caches": sizes,
+        "fma": {str(n): statistics.median(fma_rate(2_000_000, n) for _ in range(5)) for n in sorted({1, threads})},
+        "gemm": {dtype: _best_gemm(gemm_rates, dtype) for dtype in BYTES},
+        "bandwidth": bandwidth,
+        "bandwidth of one": alone,
+    }
+
+
+def better(found: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """The higher of two measurements of one machine, which may have been short of a processor during either."""
+    if before is None:
+        return found
+    merged = dict(found)
+    for part in ("fma", "bandwidth", "bandwidth of one"):
+        merged[part] = {name: max(rate, before[part].get(name, 0.0)) for name, rate in found[part].items()}
+    merged["gemm"] = {
+        dtype: max(gemm, before["gemm"][dtype], key=lambda gemm: gemm["rate"]) for dtype, gemm in found["gemm"].items()
+    }
+    return merged
+
+
+def _best_read(read_rate: Callable[[int, int, int], float], size: int, threads: int) -> float:
+    once = read_rate(size, 1, threads)
+    repeats = max(1, int(_READ_SECONDS * once / (size * threads)))
+    return max(read_rate(size, repeats, threads) for _ in range(3))
+
+
+def _best_gemm(gemm_rates: dict[str, Callable[[str, int], float | None]], dtype: str) -> dict[str, Any]:
+    best: dict[str, Any] = {"rate": 0.0, "by": "nobody"}
+    for name, gemm_rate in gemm_rates.items():
+        for size in GEMM_SIZES:
+            rate = gemm_rate(dtype, size)
+            if rate is not None and rate > best["rate"]:
+                best = {"rate": rate, "by": f"{name}, {size}"}
+            if rate is None or rate < _SLOW_GEMM:
+                break
+    return best
