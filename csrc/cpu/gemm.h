@@ -8,6 +8,7 @@
 constexpr int64_t kGemmK = 512;            // depth of a block: a panel of it stays in cache while rows go by
 constexpr int64_t kGemmRows = 96;          // rows of A that a thread takes against all panels; a multiple of every tile
 constexpr int64_t kRowsInPlace = 8;        // for so few rows of A, B is not packed; at most kRowBlock
+constexpr int64_t kGemmPart = 64;          // rows or columns that a thread has at least
 constexpr int64_t kGemmToShare = 1 << 18;  // multiplications worth starting a team for
 
 // Element (i, j) is data[i * row + j * column]; one of the strides is 1.
@@ -188,7 +189,8 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
   const int64_t panel_stride = Shape::panel_numbers(depth);  // of shorter blocks too: threads may be a block apart
   const int64_t block_numbers = panels * panel_stride, buffers = depth < k ? 2 : 1;
   const int64_t a_numbers = packs(a) ? kGemmRows * (depth + depth % Terms<T>::count) : 0;
-  const int wanted = m * n * k >= kGemmToShare ? threads : 1;
+  const int64_t parts = (m > n ? m : n) / kGemmPart;  // every thread has work
+  const int wanted = m * n * k < kGemmToShare || parts < 1 ? 1 : parts < threads ? static_cast<int>(parts) : threads;
   Workspace<T> b_memory;
   Workspace<typename Terms<T>::Left> a_memory;
   T* const b_all = b_memory.allocate(buffers * block_numbers);

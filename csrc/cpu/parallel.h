@@ -17,28 +17,68 @@ inline void set_floating_point_mode(unsigned mode) {
 #endif
 }
 
-// Runs f(member, team) on up to `threads` threads; serially inside another region and in a forked child, whose OpenMP
-// threads did not survive the fork. Fewer members may come than were asked for: f must use the `team` it is told.
-// Workers take over the caller's floating-point mode. libgomp's entry point is called by name, as GCC's own code does,
-// since Clang's would bring a second OpenMP runtime into the process.
+// A machine that is busy with something else keeps a thread from its processor for whole slices of the scheduler, tens
+// of milliseconds, and whoever shares work with it waits. So a stall makes this process compute on one thread for a
+// while, for longer when it happens again, and what goes well lets it forget. Bits do not depend on the threads.
+class Crowd {
+ public:
+  static constexpr int64_t kStall = 300000;  // ns to wait for another thread's share: no imbalance is so large
+
+  static int64_t now() {
+    timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return int64_t(t.tv_sec) * 1000000000 + t.tv_nsec;
+  }
+  static bool alone() {
+    const int64_t until = __atomic_load_n(&until_, __ATOMIC_RELAXED);
+    return until != 0 && now() < until;
+  }
+  static void stalled() {
+    constexpr int64_t kShortest = 10000000, kLongest = 1000000000;
+    int64_t pause = 4 * __atomic_load_n(&pause_, __ATOMIC_RELAXED);
+    pause = pause < kShortest ? kShortest : pause < kLongest ? pause : kLongest;
+    __atomic_store_n(&pause_, pause, __ATOMIC_RELAXED);
+    __atomic_store_n(&until_, now() + pause, __ATOMIC_RELAXED);
+  }
+  static void went_well() {
+    const int64_t pause = __atomic_load_n(&pause_, __ATOMIC_RELAXED);
+    if (pause) __atomic_store_n(&pause_, pause - (pause + 7) / 8, __ATOMIC_RELAXED);
+  }
+
+ private:
+  static int64_t until_, pause_;  // until when to compute on one thread; for how long that was
+};
+int64_t Crowd::until_ = 0, Crowd::pause_ = 0;
+
+// Runs f(member, team) on up to `threads` threads; serially inside another region, in a forked child, whose OpenMP
+// threads did not survive the fork, and where others keep the machine busy. Fewer members may come than were asked for:
+// f must use the `team` it is told, and every member has work, or waiting for the others counts as a stall. Workers
+// take over the caller's floating-point mode. libgomp's entry point is called by name, as GCC's own code does, since
+// Clang's would bring a second OpenMP runtime into the process.
 template <class F>
 void parallel(int threads, const F& f) {
-  if (threads <= 1 || omp_in_parallel() || in_forked_child()) {
+  if (threads <= 1 || omp_in_parallel() || in_forked_child() || Crowd::alone()) {
     f(0, 1);
     return;
   }
   struct Region {
     const F* f;
     unsigned mode;
+    int64_t done;  // when the calling thread was
     static void enter(void* data) {
-      const Region& region = *static_cast<const Region*>(data);
+      Region& region = *static_cast<Region*>(data);
+      const int member = omp_get_thread_num();
       const unsigned own = floating_point_mode();
       set_floating_point_mode(region.mode);
-      (*region.f)(omp_get_thread_num(), omp_get_num_threads());
+      (*region.f)(member, omp_get_num_threads());
       set_floating_point_mode(own);
+      if (member == 0) region.done = Crowd::now();
     }
-  } region{&f, floating_point_mode()};
+  } region{&f, floating_point_mode(), 0};
+  const int64_t begin = Crowd::now();
   GOMP_parallel(&Region::enter, &region, static_cast<unsigned>(threads), 0);
+  const int64_t own = region.done - begin, waited = Crowd::now() - region.done;
+  waited > Crowd::kStall + own ? Crowd::stalled() : Crowd::went_well();
 }
 
 struct Range {
@@ -61,29 +101,39 @@ void parallel_for(int threads, int64_t size, const F& f) {
 // machine a pure spin waits for whole scheduler slices.
 class alignas(64) Barrier {
  public:
-  void wait(int members) {
-    if (members <= 1) return;
-    const int generation = __atomic_load_n(&generation_, __ATOMIC_ACQUIRE);
+  // Returns true when somebody has waited for too long: then the rest is for member 0 alone, and the others are done.
+  // All members get the same answer.
+  bool wait(int members) {
+    if (members <= 1) return false;
+    const int state = __atomic_load_n(&state_, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
+      const int alone = __atomic_load_n(&stalled_, __ATOMIC_RELAXED);
       __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
-      return;
+      __atomic_store_n(&state_, (state + 2) | alone, __ATOMIC_RELEASE);
+      return alone;
     }
-    for (int spins = 0; __atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation; ++spins) {
+    int64_t begin = 0;
+    for (int spins = 0;; ++spins) {
+      const int now = __atomic_load_n(&state_, __ATOMIC_ACQUIRE);
+      if (now != state) return now & 1;
       if (spins < kSpins) {
 #if defined(__x86_64__)
         _mm_pause();
 #elif defined(__aarch64__)
         asm volatile("yield");
 #endif
-      } else {
-        sched_yield();
+        continue;
       }
+      sched_yield();
+      if (begin == 0) begin = Crowd::now();
+      if (Crowd::now() - begin > Crowd::kStall && !__atomic_exchange_n(&stalled_, 1, __ATOMIC_RELAXED))
+        Crowd::stalled();
     }
   }
 
  private:
   static constexpr int kSpins = 2000;
   alignas(64) int arrived_ = 0;
-  alignas(64) int generation_ = 0;
+  alignas(64) int state_ = 0;  // a count in steps of 2; odd from the stall on
+  int stalled_ = 0;
 };

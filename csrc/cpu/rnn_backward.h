@@ -93,9 +93,15 @@ class BackwardDirection {
 
   void begin_chunk(int64_t s0, int64_t s1) { rows_ = walk_.packed_rows(s0, s1); }
 
-  void run(int64_t s0, int64_t s1, Range mine, int member, int members, Barrier& barrier) {
-    const Range units = part(Shape::blocks(H_), member, members);
-    const Range outputs = part(hidden_.blocks(), member, members);
+  void run(int64_t s0, int64_t s1, Range mine, Share share, Barrier& barrier) {
+    Range units = share.of(Shape::blocks(H_)), outputs = share.of(hidden_.blocks());
+    const auto meet = [&] {  // as in ForwardDirection::run
+      if (!barrier.wait(share.members)) return true;
+      if (share.member != 0) return false;
+      share = {0, 1};
+      units = share.of(Shape::blocks(H_)), outputs = share.of(hidden_.blocks());
+      return true;
+    };
     for (int64_t s = s1 - 1; s >= s0; --s) {
       const int64_t t = walk_.time(s);
       Segment pieces[2];
@@ -103,10 +109,10 @@ class BackwardDirection {
       const Range rows = n ? Range{pieces[0].rows.begin, pieces[n - 1].rows.end} : Range{0, 0};
       if (p_->proj_size) {
         add_output_gradient(t, rows, outputs);
-        barrier.wait(members);
+        if (!meet()) return;
       }
       for (int i = 0; i < n; ++i) step(t, pieces[i], units);
-      barrier.wait(members);
+      if (!meet()) return;
       // Past the first step of the walk the product is dL/dh0, which nobody may have asked for.
       if (s > 0 || p_->d_h0) carry_back(t, rows, outputs);
     }
@@ -329,10 +335,9 @@ void rnn_backward(const RnnBackward<T>& p) {
     for (int64_t s1 = T_; s1 > 0; s1 -= chunk) {
       const int64_t s0 = s1 > chunk ? s1 - chunk : 0;
       for (int d = 0; d < p.directions; ++d) directions[d].begin_chunk(s0, s1);
-      run_plan(p.threads, p.schedule, p.directions, directions[0].work(),
-               [&](int d, Range rows, int member, int members, Barrier& barrier) {
-                 directions[d].run(s0, s1, rows, member, members, barrier);
-               });
+      run_plan(
+          p.threads, p.schedule, p.directions, directions[0].work(),
+          [&](int d, Range rows, Share share, Barrier& barrier) { directions[d].run(s0, s1, rows, share, barrier); });
       for (int d = 0; d < p.directions; ++d) directions[d].gradients(s1 == T_, dx.get(), dx_from_zero || d == 1);
     }
     dx.close(p.threads);

@@ -144,7 +144,13 @@ inline Range row_group(const Schedule& schedule, int i, int n) {
   return out;
 }
 
-// Runs loop(direction, rows, member, members, barrier) for every part of the plan.
+// One member's part of what the members of a group share.
+struct Share {
+  int member, members;
+  Range of(int64_t size) const { return part(size, member, members); }
+};
+
+// Runs loop(direction, rows, share, barrier) for every part of the plan.
 template <class Loop>
 void run_plan(int threads, const Schedule& schedule, int directions, const Work& work, const Loop& loop) {
   constexpr int kMaxGroups = 512;
@@ -163,14 +169,14 @@ void run_plan(int threads, const Schedule& schedule, int directions, const Work&
     const Plan plan = make_plan(team, directions, schedule.batch, work);
     if (plan.members == 1) {
       for (int task = member; task < plan.tasks(); task += team)
-        loop(
-            task / plan.row_groups, row_group(schedule, task % plan.row_groups, plan.row_groups), 0, 1, barriers[task]);
+        loop(task / plan.row_groups, row_group(schedule, task % plan.row_groups, plan.row_groups), Share{0, 1},
+             barriers[task]);
       return;
     }
     const int task = member / plan.members;
     if (task >= plan.tasks()) return;
-    loop(task / plan.row_groups, row_group(schedule, task % plan.row_groups, plan.row_groups), member % plan.members,
-         plan.members, barriers[task]);
+    loop(task / plan.row_groups, row_group(schedule, task % plan.row_groups, plan.row_groups),
+         Share{member % plan.members, plan.members}, barriers[task]);
   });
 }
 

@@ -73,19 +73,26 @@ class ForwardDirection {
   }
 
   // Steps [s0, s1) of some rows, this member's share of their units.
-  void run(int64_t s0, int64_t s1, Range mine, int member, int members, Barrier& barrier) {
-    const Range units = part(blocks(), member, members);
-    const Range outputs = part(projection_.blocks(), member, members);
+  void run(int64_t s0, int64_t s1, Range mine, Share share, Barrier& barrier) {
+    Range units = share.of(blocks()), outputs = share.of(projection_.blocks());
+    // False for the members whom member 0 goes on without.
+    const auto meet = [&] {
+      if (!barrier.wait(share.members)) return true;
+      if (share.member != 0) return false;
+      share = {0, 1};
+      units = share.of(blocks()), outputs = share.of(projection_.blocks());
+      return true;
+    };
     if (!packed_) project_units(walk_.packed_rows(s0, s1), units);
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = walk_.time(s);
       Segment pieces[2];
       const int n = segments(walk_, t, mine, pieces);
       for (int i = 0; i < n; ++i) step(t, pieces[i], units);
-      barrier.wait(members);
+      if (!meet()) return;
       if (p_->proj_size) {
         if (n) project_hidden(t, {pieces[0].rows.begin, pieces[n - 1].rows.end}, outputs);
-        barrier.wait(members);
+        if (!meet()) return;
       }
     }
   }
@@ -243,10 +250,9 @@ void rnn_forward(const RnnForward<T>& p) {
     for (int64_t s0 = 0; s0 < T_; s0 += chunk) {
       const int64_t s1 = s0 + chunk < T_ ? s0 + chunk : T_;
       for (int d = 0; d < p.directions; ++d) directions[d].project_input(s0, s1);
-      run_plan(
-          p.threads, p.schedule, p.directions, work, [&](int d, Range rows, int member, int members, Barrier& barrier) {
-            directions[d].run(s0, s1, rows, member, members, barrier);
-          });
+      run_plan(p.threads, p.schedule, p.directions, work, [&](int d, Range rows, Share share, Barrier& barrier) {
+        directions[d].run(s0, s1, rows, share, barrier);
+      });
     }
   }
   for (int d = 0; d < p.directions; ++d) directions[d].finish();
