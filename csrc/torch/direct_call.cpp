@@ -3,9 +3,9 @@
 // either of the two.
 //
 // kernel_obstacle in fastseq/rnn.py decides between kernel and torch. Nothing here decides that again: a call is plain
-// when its tensors would go through the dispatcher straight to the operator's CPU kernel, with nothing recorded,
-// transformed, traced or observed on the way. Any other call is None here, be it wrong, on another device or in another
-// dtype, and goes the way through fastseq/rnn.py, which knows all the words for what is wrong.
+// when its tensors would go through the dispatcher straight to the operator's CPU kernel, by way of its autograd at the
+// most, with nothing transformed, traced or observed on the way. Any other call is None here, be it wrong, on another
+// device or in another dtype, and goes the way through fastseq/rnn.py, which knows all the words for what is wrong.
 #include "direct_call.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -47,12 +47,14 @@ class PlainTensors {
     const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
     const c10::DispatchKeySet keys = (impl->key_set() | local_.included_) - local_.excluded_;
     if (!keys.has(c10::DispatchKey::CPU) || (keys.raw_repr() & ~kPlainKeys.raw_repr())) return nullptr;
-    if (grad_ && impl->requires_grad()) return nullptr;
+    recorded_ = recorded_ || (grad_ && impl->requires_grad());
     const at::ScalarType type = t.scalar_type();
     if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16) return nullptr;
     if (type_ == at::ScalarType::Undefined) type_ = type;
     return type == type_ ? &t : nullptr;
   }
+  // Whether the call is one for autograd to record.
+  bool recorded() const { return recorded_; }
 
  private:
   static constexpr c10::DispatchKeySet kPlainKeys{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
@@ -60,6 +62,7 @@ class PlainTensors {
   const c10::impl::LocalDispatchKeySet local_ = c10::impl::tls_local_dispatch_key_set();
   const bool grad_ = at::GradMode::is_enabled();
   at::ScalarType type_ = at::ScalarType::Undefined;
+  bool recorded_ = false;
 };
 
 // ---- A module's attributes ------------------------------------------------------------------------------------------
@@ -134,6 +137,15 @@ struct Call {
   c10::SmallVector<at::Tensor, 8> weights;
   int64_t layers = 1;
   bool bidirectional = false, bias = true;
+  bool recorded = false;
+};
+
+// Nothing between a call and the kernels records what happens to its tensors, unless it is to be recorded.
+struct Below {
+  std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+  explicit Below(const Call& call) {
+    if (!call.recorded) guard.emplace();
+  }
 };
 
 // The interpreter's lock let go. Cheap enough for the smallest call, and better there too where threads stand in line.
@@ -146,14 +158,16 @@ struct Unlocked {
 template <class Fits>
 bool run(const Call& call, const Fits& fits, RnnOutputs& outputs) {
   try {
-    const at::AutoDispatchBelowADInplaceOrView below;
+    const Below below(call);
     static const OptionalTensor none;
     const RnnArguments arguments{
         call.cell, call.x, call.hx, call.cx, call.weights, {}, none, none, call.layers, call.bidirectional, call.bias};
     const RnnStack stack(arguments);
     if (!fits(stack)) return false;
     const Unlocked unlocked;
-    outputs = run_forward(arguments, stack, false);
+    outputs = call.recorded ? rnn_forward_autograd(call.cell, call.x, call.hx, call.cx, call.weights, {}, none, none,
+                                                   call.layers, call.bidirectional, call.bias, false)
+                            : run_forward(arguments, stack, false);
     return true;
   } catch (const std::exception&) {  // the operator will say it, in the usual way
     return false;
@@ -179,8 +193,15 @@ void add_dimension(Call& call, int64_t of_x, int64_t of_state) {
   if (call.cx) call.cx = call.cx->unsqueeze(of_state);
 }
 
-// The outputs are fresh, contiguous and nobody else's, so that other sizes need no view of them.
-void set_sizes(const at::Tensor& t, at::IntArrayRef sizes) { t.unsafeGetTensorImpl()->set_sizes_contiguous(sizes); }
+void drop_dimension(const Call& call, at::Tensor& t, int64_t dim) {
+  if (call.recorded) {
+    t = t.squeeze(dim);
+  } else {  // fresh, contiguous and nobody else's: no view of it is needed
+    at::DimVector sizes(t.sizes());
+    sizes.erase(sizes.begin() + dim);
+    t.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  }
+}
 
 const CellFacts* find_cell(PyObject* name) {
   static const std::vector<CellFacts> known = cells();
@@ -241,8 +262,9 @@ PyObject* call_layer(PyObject* dict, PyObject* input, PyObject* hx) {
   if (!take_state(hx, cell->cell_state, dim, plain, call)) Py_RETURN_NONE;
 
   call.cell = cell->name;
+  call.recorded = plain.recorded();
   {
-    const at::AutoDispatchBelowADInplaceOrView below;
+    const Below below(call);
     if (dim == 2) {
       add_dimension(call, 1, 1);
     } else if (batch_first) {
@@ -257,9 +279,11 @@ PyObject* call_layer(PyObject* dict, PyObject* input, PyObject* hx) {
   if (!run(call, fits, outputs)) Py_RETURN_NONE;
   auto& [output, h_n, c_n, reserve] = outputs;
   if (dim == 2) {
-    set_sizes(output, {output.size(0), output.size(2)});
-    set_sizes(h_n, {h_n.size(0), h_n.size(2)});
-    if (cell->cell_state) set_sizes(c_n, {c_n.size(0), c_n.size(2)});
+    drop_dimension(call, output, 1);
+    drop_dimension(call, h_n, 1);
+    if (cell->cell_state) drop_dimension(call, c_n, 1);
+  } else if (batch_first && call.recorded) {
+    output = output.transpose(0, 1);
   } else if (batch_first) {
     const int64_t sizes[] = {output.size(1), output.size(0), output.size(2)};
     const int64_t strides[] = {output.stride(1), output.stride(0), output.stride(2)};
@@ -295,8 +319,9 @@ PyObject* call_cell(PyObject* cell_name, PyObject* dict, PyObject* input, PyObje
   if (parameters.odd || !take_state(hx, cell->cell_state, dim, plain, call)) Py_RETURN_NONE;
 
   call.cell = cell->name;
+  call.recorded = plain.recorded();
   if (dim == 1) {
-    const at::AutoDispatchBelowADInplaceOrView below;
+    const Below below(call);
     add_dimension(call, 0, 0);
   }
   RnnOutputs outputs;
@@ -306,8 +331,8 @@ PyObject* call_cell(PyObject* cell_name, PyObject* dict, PyObject* input, PyObje
   if (!run(call, fits, outputs)) Py_RETURN_NONE;
   auto& [h, h_n, c, reserve] = outputs;
   if (dim == 1) {
-    set_sizes(h, {h.size(1)});
-    if (cell->cell_state) set_sizes(c, {c.size(1)});
+    drop_dimension(call, h, 0);
+    if (cell->cell_state) drop_dimension(call, c, 0);
   }
   ++calls;
   return (cell->cell_state ? pair(wrap(h), wrap(c)) : wrap(h)).release().ptr();

@@ -9,6 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include "counters.h"
+
 namespace fastseq {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -26,6 +28,6 @@ RnnForwardSignature rnn_forward_cpu;
 RnnBackwardSignature rnn_backward_cpu;
 
 // On the autograd keys: runs the operator below and records rnn_backward.
-RnnForwardSignature rnn_forward_autograd;
+FASTSEQ_API RnnForwardSignature rnn_forward_autograd;
 
 }  // namespace fastseq
