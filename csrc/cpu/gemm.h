@@ -196,6 +196,7 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
   T* const b_all = b_memory.allocate(buffers * block_numbers);
   auto* const a_all = a_memory.allocate(wanted * a_numbers);
   Barrier barrier;
+  barrier.begin();
   parallel(wanted, [&](int member, int team) {
     // The longer side is shared.
     constexpr int MR = tile_rows(Shape::vectors);

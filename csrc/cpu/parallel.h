@@ -18,8 +18,9 @@ inline void set_floating_point_mode(unsigned mode) {
 }
 
 // A machine that is busy with something else keeps a thread from its processor for whole slices of the scheduler, tens
-// of milliseconds, and whoever shares work with it waits. So a stall makes this process compute on one thread for a
-// while, for longer when it happens again, and what goes well lets it forget. Bits do not depend on the threads.
+// of milliseconds, and whoever shares work with it waits. So after a stall this process computes on one thread for
+// eight times as long: what waiting costs stays small against that, and a moment's noise costs next to nothing. Bits do
+// not depend on the threads.
 class Crowd {
  public:
   static constexpr int64_t kStall = 300000;  // ns to wait for another thread's share: no imbalance is so large
@@ -33,22 +34,16 @@ class Crowd {
     const int64_t until = __atomic_load_n(&until_, __ATOMIC_RELAXED);
     return until != 0 && now() < until;
   }
-  static void stalled() {
-    constexpr int64_t kShortest = 10000000, kLongest = 1000000000;
-    int64_t pause = 4 * __atomic_load_n(&pause_, __ATOMIC_RELAXED);
-    pause = pause < kShortest ? kShortest : pause < kLongest ? pause : kLongest;
-    __atomic_store_n(&pause_, pause, __ATOMIC_RELAXED);
-    __atomic_store_n(&until_, now() + pause, __ATOMIC_RELAXED);
-  }
-  static void went_well() {
-    const int64_t pause = __atomic_load_n(&pause_, __ATOMIC_RELAXED);
-    if (pause) __atomic_store_n(&pause_, pause - (pause + 7) / 8, __ATOMIC_RELAXED);
+  static void stalled(int64_t nanoseconds) {
+    constexpr int64_t kLongest = 1000000000;
+    const int64_t pause = 8 * nanoseconds;
+    __atomic_store_n(&until_, now() + (pause < kLongest ? pause : kLongest), __ATOMIC_RELAXED);
   }
 
  private:
-  static int64_t until_, pause_;  // until when to compute on one thread; for how long that was
+  static int64_t until_;
 };
-int64_t Crowd::until_ = 0, Crowd::pause_ = 0;
+int64_t Crowd::until_ = 0;
 
 // Runs f(member, team) on up to `threads` threads; serially inside another region, in a forked child, whose OpenMP
 // threads did not survive the fork, and where others keep the machine busy. Fewer members may come than were asked for:
@@ -78,7 +73,7 @@ void parallel(int threads, const F& f) {
   const int64_t begin = Crowd::now();
   GOMP_parallel(&Region::enter, &region, static_cast<unsigned>(threads), 0);
   const int64_t own = region.done - begin, waited = Crowd::now() - region.done;
-  waited > Crowd::kStall + own ? Crowd::stalled() : Crowd::went_well();
+  if (waited > Crowd::kStall + own) Crowd::stalled(waited);
 }
 
 struct Range {
@@ -101,39 +96,54 @@ void parallel_for(int threads, int64_t size, const F& f) {
 // machine a pure spin waits for whole scheduler slices.
 class alignas(64) Barrier {
  public:
-  // Returns true when somebody has waited for too long: then the rest is for member 0 alone, and the others are done.
-  // All members get the same answer.
+  void begin() { begun_ = Crowd::now(); }
+
+  // Returns true when a good part of the time has gone in stalls: then the rest is for member 0 alone, and the others
+  // are done. All members get the same answer.
   bool wait(int members) {
     if (members <= 1) return false;
     const int state = __atomic_load_n(&state_, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == members) {
-      const int alone = __atomic_load_n(&stalled_, __ATOMIC_RELAXED);
+      const int alone = __atomic_load_n(&alone_, __ATOMIC_RELAXED);
       __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
       __atomic_store_n(&state_, (state + 2) | alone, __ATOMIC_RELEASE);
       return alone;
     }
-    int64_t begin = 0;
-    for (int spins = 0;; ++spins) {
+    for (int spins = 0; spins < kSpins; ++spins) {
       const int now = __atomic_load_n(&state_, __ATOMIC_ACQUIRE);
       if (now != state) return now & 1;
-      if (spins < kSpins) {
 #if defined(__x86_64__)
-        _mm_pause();
+      _mm_pause();
 #elif defined(__aarch64__)
-        asm volatile("yield");
+      asm volatile("yield");
 #endif
-        continue;
-      }
-      sched_yield();
-      if (begin == 0) begin = Crowd::now();
-      if (Crowd::now() - begin > Crowd::kStall && !__atomic_exchange_n(&stalled_, 1, __ATOMIC_RELAXED))
-        Crowd::stalled();
     }
+    return wait_long(state);
   }
 
  private:
   static constexpr int kSpins = 2000;
+
+  bool wait_long(int state) {
+    const int64_t begin = Crowd::now();
+    int now;
+    do {
+      sched_yield();
+      now = __atomic_load_n(&state_, __ATOMIC_ACQUIRE);
+      const int64_t waited = Crowd::now() - begin;
+      if (waited <= Crowd::kStall) continue;
+      const int64_t all = __atomic_load_n(&stalled_, __ATOMIC_RELAXED) + waited;
+      if (all > kAllowed + (begin - begun_) / 4) __atomic_store_n(&alone_, 1, __ATOMIC_RELAXED);
+      if (now == state) continue;
+      __atomic_store_n(&stalled_, all, __ATOMIC_RELAXED);
+      Crowd::stalled(waited);
+    } while (now == state);
+    return now & 1;
+  }
+
+  static constexpr int64_t kAllowed = 1000000;  // ns of stalls that change nothing
   alignas(64) int arrived_ = 0;
-  alignas(64) int state_ = 0;  // a count in steps of 2; odd from the stall on
-  int stalled_ = 0;
+  alignas(64) int state_ = 0;  // a count in steps of 2; odd from when member 0 is alone
+  int alone_ = 0;
+  int64_t begun_ = 0, stalled_ = 0;
 };

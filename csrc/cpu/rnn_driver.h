@@ -159,6 +159,7 @@ void run_plan(int threads, const Schedule& schedule, int directions, const Work&
   Workspace<Barrier> memory;
   const int groups = threads > directions ? threads : directions;
   Barrier* barriers = memory.zeros(groups);
+  for (int i = 0; i < groups; ++i) barriers[i].begin();
   const int wanted = [&] {
     const Plan plan = make_plan(threads, directions, schedule.batch, work);
     const int all = plan.tasks() * plan.members;
