@@ -40,7 +40,7 @@ def rnn(
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""A stack of recurrent layers over whole sequences, or one step of one layer, on the CPU in float32 or float64.
+    r"""A stack of recurrent layers over whole sequences, or one step of one layer, on the CPU.
 
     With gx = x W_ihᵀ + b_ih and gh = h W_hhᵀ + b_hh split into the cell's gates, in PyTorch's order,
 
@@ -70,6 +70,9 @@ def rnn(
     Returns:
         output (T, B, D·P), packed (N, D·P), or (B, P) for one step; h_n (L·D, B, P), or an empty tensor for one step,
         where it would equal `output`; c_n (L·D, B, H) or (B, H), an empty tensor for a cell other than the LSTM.
+
+    All tensors are of one dtype: float32, float64 or bfloat16. In bfloat16 the arithmetic is in float32; h is rounded
+    as it is stored, at every step, c only where it is returned or kept for backward.
 
     Differentiable twice in x, hx, cx and the weights. Under `torch.func` transforms and forward-mode AD the call runs
     `fastseq.reference.rnn`, which is plain PyTorch, so that `grad`, `vmap` and `jvp` are right there, if slow.

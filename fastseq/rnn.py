@@ -1,9 +1,9 @@
 """Recurrent layers and cells that stand in for those of `torch.nn`: same arguments, same parameters, same results.
 
-A call on the CPU in float32 or float64 runs the fused kernels (`fastseq.ops.rnn`); another device or dtype, and
-autocast, run torch's own operator, or the reference for a cell that torch does not have. `kernel_obstacle` decides, and
-`fastseq.explain` tells. Where nothing is recorded, most calls that would run the kernels reach them by a shorter way
-(`_C.direct_layer`, `direct_cell`); what is written here is what those do, and what runs for all other calls.
+A call on the CPU in float32, float64 or bfloat16 runs the fused kernels (`fastseq.ops.rnn`); another device or dtype,
+and autocast, run torch's own operator, or the reference for a cell that torch does not have. `kernel_obstacle` decides,
+and `fastseq.explain` tells. Where nothing is recorded, most calls that would run the kernels reach them by a shorter
+way (`_C.direct_layer`, `direct_cell`); what is written here is what those do, and what runs for all other calls.
 
 Letters in shapes: T time steps, B batch, I input_size, H hidden_size, P proj_size (H without projection), L num_layers,
 D directions (2 if bidirectional, else 1), N rows of packed data.
@@ -345,7 +345,8 @@ class RNN(_OneState):
     ``bias_ih_l{k}``, ``bias_hh_l{k}`` (H,), and the same with ``_reverse``; all from U(-1/√H, 1/√H). They are read at
     every call.
 
-    On the CPU, float32 and float64 run fused kernels; all else runs torch's operator: see :func:`fastseq.explain`.
+    On the CPU, float32, float64 and bfloat16 run fused kernels; all else runs torch's operator: see
+    :func:`fastseq.explain`.
 
     Raises:
         ValueError: an input that is not 2-D or 3-D or not of the parameters' dtype; lengths outside 0..T.

@@ -82,7 +82,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -108,7 +108,7 @@ def test_a_layer_gives_the_operators_bits(name, options, dtype, by_the_operator)
         assert_direct(by_the_operator, layer, x, state)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", [*CELLS, "RNNCell-relu"])
 @torch.no_grad()
@@ -272,7 +272,7 @@ def autocast(module, x):
 
 
 def in_half(module, x):
-    module.bfloat16()(x.bfloat16())
+    module.half()(x.half())
 
 
 def of_another_device(module, x):
@@ -299,7 +299,7 @@ EXCEPTIONS = {
     "make_fx": made_fx,
     "compile": compiled,
     "export": exported,
-    "bfloat16": in_half,
+    "float16": in_half,
     "meta": of_another_device,
     "a lazy negation": negated_lazily,
 }

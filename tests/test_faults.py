@@ -35,8 +35,8 @@ FAULTS = {
     "h_n is the first step's": (FORWARD, "last = walk_.reverse ? 0 : t - 1", "last = 0"),
     "packing drops the last unit of a part panel": (
         PANEL,
-        "u0 + u < valid ? from",
-        "u0 + u < valid - (valid != Shape::units) ? from",
+        "u0 + u < valid && k < k_size ? from",
+        "u0 + u < valid - (valid != Shape::units) && k < k_size ? from",
     ),
     "backward, rnn: the wrong sign in tanh's derivative": (CELLS, "V(1) - h * h", "V(1) + h * h"),
     "backward, lstm: dc does not pass the forget gate": (CELLS, "dc = dc_now * f;", "dc = dc_now;"),
@@ -49,15 +49,15 @@ FAULTS = {
         "sum.store",
     ),
     "backward: dW_hh takes h of the same step": (BACKWARD, "walk_.reverse ? begin + B : begin - B", "begin"),
-    "backward: every chunk overwrites the one before": (BACKWARD, "!first, out.w_ih, I)", "false, out.w_ih, I)"),
-    "gemm: a later block of K overwrites the first": (GEMM, "accumulate || k0 > 0, c, ldc);", "accumulate, c, ldc);"),
+    "backward: every chunk overwrites the one before": (BACKWARD, "!first, out, I);", "false, out, I);"),
+    "gemm: a later block of K overwrites the first": (GEMM, "accumulate || k0 > 0,", "accumulate,"),
     "gemm: shorter blocks move their panels together": (
         GEMM,
         "block + j * panel_stride",
         "block + j * Shape::panel_numbers(k_size)",
     ),
     "gemm: nobody waits for the others' panels": (GEMM, "if (share_rows) barrier.wait(team);", ""),
-    "direct: the last numbers of a sum are left out": (DIRECT, "if (k < k_size) add(k, k_size - k);", ""),
+    "direct: the last numbers of a sum are left out": (DIRECT, "add(Part<0>{}, k, k_size - k);", ""),
 }
 
 

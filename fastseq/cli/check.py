@@ -17,8 +17,9 @@ from fastseq.cli.progress import progress_bar
 def check(checks: tuple[str, ...], cells: tuple[str, ...], verbose: bool) -> None:
     """Checks on this machine that the kernels compute what they should.
 
-    Runs the list of cases (cells, sizes, directions, layers, packed and lengths=, float32 and float64) against
-    torch.nn, against the reference in float64 and against finite differences. The exit code is 1 if anything fails.
+    Runs the list of cases (cells, sizes, directions, layers, packed and lengths=, float32, float64 and
+    bfloat16) against torch.nn, against the reference in float64 and against finite differences. The exit code is 1 if
+    anything fails.
     """
     pairs = [
         (case, name)

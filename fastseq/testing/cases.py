@@ -42,7 +42,7 @@ class Case:
             and, if B > 2, one of them 0; "packed", x (N, I) with rows of random lengths 1..T; "step", one step, (B, I).
         dropout: probability of a zero in the masks between layers.
         state: whether an initial state is given; False means none, which is zeros.
-        dtype: torch.float32 or torch.float64.
+        dtype: torch.float32, torch.float64 or torch.bfloat16.
         seed: of the random numbers.
     """
 
@@ -312,7 +312,7 @@ SIZES: tuple[dict[str, int], ...] = (
 
 
 def sized_cases() -> Iterator[Case]:
-    """Sizes at the edges of the kernels' blocks, in both dtypes, in the forms and stacks that share their threads."""
+    """Sizes at the edges of the kernels' blocks, in float32 and float64, in the forms and stacks that share threads."""
     kinds = [{"cell": cell} for cell in _load._C.cells()] + [{"cell": "lstm", "P": 1}]
     for kind, size, dtype in itertools.product(kinds, SIZES, (torch.float32, torch.float64)):
         case = Case(**kind | size, dtype=dtype) if size["H"] > 1 or "P" not in kind else None
@@ -344,6 +344,22 @@ def long_cases() -> Iterator[Case]:
     yield Case("gru", T=70, B=1200, H=22, form="packed", **options)
 
 
+def bfloat16_cases() -> Iterator[Case]:
+    """The same sizes in bfloat16, whose kernels take pairs of numbers: some odd, some even.
+
+    Without the rectifier: where rounding takes h across its kink, a gradient is another one altogether.
+    """
+    kinds = [{"cell": cell} for cell in _load._C.cells() if cell != "rnn_relu"] + [{"cell": "lstm", "P": 1}]
+    for kind, (k, size) in itertools.product(kinds, enumerate(SIZES)):
+        if size["H"] == 1 and "P" in kind:
+            continue
+        case = Case(**kind | size, dtype=torch.bfloat16)
+        if case.P:
+            case = case.replace(P=(case.H + 1) // 2)
+        form: Form = FORMS[k % len(FORMS)]
+        yield case.replace(form=form, bidirectional=form != "step" and k % 2 == 0)
+
+
 def empty_cases() -> Iterator[Case]:
     """No rows, or no steps."""
     for cell in _load._C.cells():
@@ -355,4 +371,4 @@ def empty_cases() -> Iterator[Case]:
 
 def all_cases() -> list[Case]:
     """The whole list."""
-    return [*small_cases(), *sized_cases(), *long_cases(), *empty_cases()]
+    return [*small_cases(), *sized_cases(), *long_cases(), *bfloat16_cases(), *empty_cases()]
