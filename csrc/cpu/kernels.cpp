@@ -15,6 +15,7 @@
 #endif
 
 #include "dispatch.h"
+#include "memory.h"
 
 extern "C" {  // libgomp, the OpenMP runtime of torch (parallel.h)
 void GOMP_parallel(void (*region)(void*), void* data, unsigned threads, unsigned flags);

@@ -17,6 +17,7 @@ struct VecTraits<float> {
   typedef float vector __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef int32_t bits __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef int32_t bit;
+  typedef uint32_t unsigned_bits __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef uint16_t halves __attribute__((vector_size(FASTSEQ_VECTOR_BYTES / 2)));
 };
 template <>
@@ -114,12 +115,13 @@ struct Vec {
     return (Native)(__builtin_convertvector(halves, Bits) << 16);
   }
   FASTSEQ_INLINE void store(bfloat16* p) const {
-    const Bits bits = (Bits)v;
-    // A NaN keeps its sign and stays one; the sum below could carry it into infinity, and infinity into NaN it cannot.
-    const Bits nan = (bits & 0x7fffffff) > 0x7f800000;
-    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Bits kept = (nan & ((bits >> 16) | 0x40)) | (~nan & rounded);
-    const auto halves = __builtin_convertvector(kept & 0xffff, typename VecTraits<T>::halves);
+    using Unsigned = typename VecTraits<T>::unsigned_bits;
+    const Unsigned bits = (Unsigned)v;
+    // A NaN stays one, and quiet: the sum below could carry it over into zero.
+    const Unsigned nan = (Unsigned)((bits & 0x7fffffff) > 0x7f800000);
+    const Unsigned rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Unsigned kept = (nan & ((bits >> 16) | 0x40)) | (~nan & rounded);
+    const auto halves = __builtin_convertvector(kept, typename VecTraits<T>::halves);
     __builtin_memcpy(p, &halves, sizeof halves);
   }
   FASTSEQ_INLINE static Vec load(const bfloat16* p, int64_t n) {

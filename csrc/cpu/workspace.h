@@ -14,6 +14,7 @@ class Workspace {
     const size_t bytes = (static_cast<size_t>(numbers) * sizeof(T) + 63) / 64 * 64;
     data_ = static_cast<T*>(aligned_alloc(64, bytes));
     if (!data_) throw std::bad_alloc();
+    if (bytes >= kLargeBytes) advise_huge_pages(data_, bytes);
     return data_;
   }
   T* zeros(int64_t numbers) {

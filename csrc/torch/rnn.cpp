@@ -4,6 +4,7 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
+#include "../cpu/memory.h"
 #include "counters.h"
 #include "stack.h"
 
@@ -57,7 +58,9 @@ T* layer_state(T* base, const RnnStack& stack, int64_t layer, int64_t size) {
 
 // Not at::empty, which goes through the dispatcher, and takes as long as a small step.
 at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
-  return at::detail::empty_cpu(sizes, like.scalar_type());
+  at::Tensor out = at::detail::empty_cpu(sizes, like.scalar_type());
+  if (out.nbytes() >= cpu::kLargeBytes) cpu::advise_huge_pages(out.mutable_data_ptr(), out.nbytes());
+  return out;
 }
 
 struct Inputs {
