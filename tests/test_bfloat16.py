@@ -125,6 +125,14 @@ class Stepped:
         return output, h, c if c is None else self.unarranged(c).to(BF16)
 
 
+def assert_stepped(actual, expected):
+    """The same bits; but vdpbf16ps takes denormals for zeros, and has its own way of rounding two additions."""
+    if _C.isa() == "avx512bf16":
+        assert_close(actual, expected)
+    else:
+        assert_same_bits(actual, expected)
+
+
 @pytest.mark.parametrize("I, H", [(1, 1), (2, 3), (5, 8), (16, 15), (7, 17), (33, 40), (64, 65)])
 @pytest.mark.parametrize("steps", [1, 3, 7, 8, 11])
 @pytest.mark.parametrize("cell", [*GATES, "lstm/proj"])
@@ -147,9 +155,9 @@ def test_it_is_float32_with_h_rounded_every_step(cell, steps, I, H, kernel_calls
             h, c = (s if s is None else s[d] for s in (problem.hx, problem.cx))
             expected = stepped(problem.x, h, c, reverse=d == 1)
             size = P or H
-            assert_same_bits([output[..., d * size : (d + 1) * size], h_n[d]], list(expected[:2]))
+            assert_stepped([output[..., d * size : (d + 1) * size], h_n[d]], list(expected[:2]))
             if cell == "lstm":
-                assert_same_bits(c_n[d], expected[2])
+                assert_stepped(c_n[d], expected[2])
 
 
 # ---- Rounding -------------------------------------------------------------------------------------------------------

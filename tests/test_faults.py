@@ -1,4 +1,5 @@
-"""Planted faults: each is put into a copy of the kernels' source, and the kernel tests built from it must see it.
+"""Planted faults: each is put into a copy of the kernels' source, and the kernel tests built from it must see it. And
+variants, which put what rarely happens, or happens on other machines, in the usual's place, and must change nothing.
 
 Opt-in, as each one compiles the kernels again: `make test-faults`.
 """
@@ -15,6 +16,7 @@ from fastseq import _C
 ROOT = Path(__file__).resolve().parent.parent
 CELLS, DRIVER, PANEL = "csrc/cells.h", "csrc/cpu/rnn_driver.h", "csrc/cpu/panel.h"
 GEMM, DIRECT = "csrc/cpu/gemm.h", "csrc/cpu/direct.h"
+PARALLEL, VECTORS = "csrc/cpu/parallel.h", "csrc/cpu/vec.h"
 FORWARD, BACKWARD = "csrc/cpu/rnn_forward.h", "csrc/cpu/rnn_backward.h"
 
 # name: file, what is there once, what it becomes
@@ -58,6 +60,24 @@ FAULTS = {
     ),
     "gemm: nobody waits for the others' panels": (GEMM, "if (share_rows) barrier.wait(team);", ""),
     "direct: the last numbers of a sum are left out": (DIRECT, "add(Part<0>{}, k, k_size - k);", ""),
+}
+
+
+# What must change nothing: name: (file, what is there once, what it becomes), ...
+VARIANTS = {
+    "every wait for another thread is a stall": (
+        (PARALLEL, "kStall = 300000", "kStall = -1"),
+        (PARALLEL, "kAllowed = 1000000", "kAllowed = -1000000000"),
+        (PARALLEL, "kSpins = 2000", "kSpins = 1"),
+        (PARALLEL, "pause = 8 * nanoseconds", "pause = 0 * nanoseconds"),
+    ),
+    "vectors as wide as those of AVX-512, on any processor": (
+        (
+            VECTORS,
+            "#if defined(__AVX512F__)\n#define FASTSEQ",
+            "#undef __AVX2__\n#undef __FMA__\n#if 1\n#define FASTSEQ",
+        ),
+    ),
 }
 
 
@@ -107,7 +127,28 @@ def test_a_planted_fault_is_seen(name, tree):
     assert code == 1 and " 0 failed" not in output.splitlines()[-1], output[-3000:]
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_can_still_be_planted(name):
-    file, old, new = FAULTS[name]
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_changes_nothing(name, tree):
+    before = {file: (tree / file).read_text() for file, _, _ in VARIANTS[name]}
+    for file, old, new in VARIANTS[name]:
+        (tree / file).write_text((tree / file).read_text().replace(old, new))
+    try:
+        code, output = build_and_run(tree)
+    finally:
+        for file, text in before.items():
+            (tree / file).write_text(text)
+    assert code == 0, output[-3000:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(change, id=name) for name, change in FAULTS.items()]
+    + [
+        pytest.param(change, id=f"{name} {i}") for name, changes in VARIANTS.items() for i, change in enumerate(changes)
+    ],
+)
+def test_a_change_can_still_be_planted(change):
+    file, old, new = change
     assert (ROOT / file).read_text().count(old) == 1 and old != new

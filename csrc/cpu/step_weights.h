@@ -1,9 +1,9 @@
 // The weights of the product inside a step: packed into panels, or where the caller has them.
 #pragma once
 
-// In panels: Gates blocks of W^T, or W, as packed.
-// In place, Gates > 0 rows of W^T: direct.h.   In place, W (K, n): a full block of columns is a panel with another
-// stride; the last block, when it is not full, is packed all the same, since a load would leave the matrix.
+// W^T in place: direct.h. W (K, n) in place: a full block of columns is a panel with another stride; the last block,
+// when it is not full, is packed all the same, since a load would leave the matrix, and so is every block where a panel
+// has pairs of k.
 template <int Gates, class T, bool kTransposed>
 class StepWeights {
  public:

@@ -12,8 +12,8 @@ namespace fastseq {
 
 namespace {
 
-// The kernels run serially in a forked child, whose OpenMP threads did not survive; torch's GEMM would wait for them
-// for ever. As DataLoader in its workers, this leaves the child with one thread.
+// The kernels run serially in a forked child, whose OpenMP threads did not survive; torch's operators would wait for
+// them for ever. As DataLoader in its workers, this leaves the child with one thread.
 void one_thread_in_a_forked_child() {
   if (cpu::in_forked_child() && at::get_num_threads() > 1) at::set_num_threads(1);
 }
