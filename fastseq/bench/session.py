@@ -18,7 +18,7 @@ from fastseq.bench.worker import Failed, Worker
 PROBE_SECONDS = 0.005
 ROW_SECONDS = 20.0  # of bursts; a row whose calls are long gets fewer rounds
 _GAP = 0.012  # seconds about, between two bursts: pools fall asleep, and the probe
-_FOR_A_THREAD = 0.02  # of its time, by which a thread more has to be faster: equals are left on one
+_FOR_FEWER = 0.1  # of its time, by which fewer threads have to be faster: half a machine makes all of them look equal
 _WARM_BELOW = 0.1  # seconds a call, from which on a burst has no call that does not count
 
 
@@ -175,7 +175,7 @@ class Session:
             return {"absent": str(reason)}
         except Failed as reason:
             return {"failed": str(reason)}
-        threads = min(seconds, key=lambda threads: seconds[threads] * (1 + _FOR_A_THREAD * threads))
+        threads = min(seconds, key=lambda threads: seconds[threads] * (1 + _FOR_FEWER * (threads < max(seconds))))
         contender |= {"threads": threads, "tried": seconds}
         return contender | ({"results": reference} if name == OURS else {})
 
