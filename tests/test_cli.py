@@ -91,11 +91,22 @@ def test_demo_refuses_what_makes_no_sense_before_training(arguments, message, te
     assert message in done.stderr and "step" not in done.stdout
 
 
+def started(command):
+    """A process that takes Ctrl-C, which a shell tells those that it runs in the background to ignore."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 def test_demo_stops_cleanly(text, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "fastseq", "demo", "--cell", "gru", "--hidden", "16", "--steps", "1000000"]
     command += ["--batch", "4", "--seq", "12", "--threads", "1", "--text", str(text), "--out", str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = started(command)
     for line in process.stdout:  # the float64 steps are done: the long run has begun
         if "step 50 of 50" in line:
             break
@@ -173,7 +184,7 @@ def test_bench_refuses_a_folder_as_file(tmp_path):
 def test_bench_stopped_keeps_what_it_has(tmp_path):
     path = tmp_path / "results.json"
     command = [sys.executable, "-m", "fastseq", "bench", "--part", "rows", "--peer", "torch.nn", "--json", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = started(command)
     end = time.monotonic() + 120
     while time.monotonic() < end and not (path.exists() and json.loads(path.read_text())["rows"]):
         time.sleep(0.1)
