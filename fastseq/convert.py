@@ -124,6 +124,7 @@ def _change_class(module: torch.nn.Module, new: _Class) -> None:
     if isinstance(module, torch.nn.RNNBase):
         # torch.nn's layers keep their weights in this list too; in fastseq's it is computed.
         vars(module).pop("_flat_weights", None)
+        vars(module).pop("_prepacked", None)
         module._init_flat_weights()
 
 

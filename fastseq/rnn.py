@@ -12,7 +12,7 @@ D directions (2 if bidirectional, else 1), N rows of packed data.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fastseq import _load, ops, reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 
@@ -98,6 +101,41 @@ class _Layer(torch.nn.RNNBase):
             return [parameters[name] for name in self._flat_weights_names]
         except KeyError:  # a weight is computed from others: parametrized, weight-normed, pruned
             return [getattr(self, name) for name in self._flat_weights_names]
+
+    def prepack(self) -> Self:
+        """Packs the weights for the kernels once, instead of at every call; returns the layer itself.
+
+        For inference, most of all of short sequences of few rows. Calls without gradients on padded input, without
+        `lengths`, use the packed weights; all other calls pack their own as always, and the results have the same bits.
+        Costs the memory of the weights once more. Copies and pickles of the layer are not prepacked.
+
+        A call raises RuntimeError when a weight has changed since: was written to by torch, or is another tensor, after
+        `load_state_dict`, `to` or a step of an optimizer. What torch does not see is not seen here: writing to
+        ``weight.data`` or to a NumPy array that shares a weight's memory. Call `prepack` again after those.
+
+        Raises:
+            ValueError: a weight is computed at each call (parametrized, pruned, weight-normed).
+            RuntimeError: weights that the kernels do not take, or that were created under ``torch.inference_mode()``.
+        """
+        self.unprepack()
+        for name in self._flat_weights_names:
+            if name not in self._parameters:
+                raise ValueError(
+                    f"prepack takes weights that stay what they are: {name} is computed from others at each call. "
+                    "Make it a parameter first, e.g. by torch.nn.utils.parametrize.remove_parametrizations."
+                )
+        self._prepacked = _load._C.prepack(self._cell, self._weights(), self.num_layers, self.bidirectional, self.bias)
+        return self
+
+    def unprepack(self) -> Self:
+        """Undoes `prepack`; returns the layer itself."""
+        self.__dict__.pop("_prepacked", None)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_prepacked", None)
+        return state
 
     def _forward(self, input: Any, hx: Any, lengths: Lengths | None) -> tuple[Any, Any]:
         if lengths is None and not is_dynamo_compiling():

@@ -55,9 +55,10 @@ FAULTS = {
     "gemm: a later block of K overwrites the first": (GEMM, "accumulate || k0 > 0,", "accumulate,"),
     "gemm: shorter blocks move their panels together": (
         GEMM,
-        "block + j * panel_stride",
-        "block + j * Shape::panel_numbers(k_size)",
+        "to + j * layout.panel_stride",
+        "to + j * Shape::panel_numbers(k_size)",
     ),
+    "packed beforehand: W_ih is looked for where W_hh is": (FORWARD, "ready ? ready + at.w_ih : nullptr", "ready"),
     "gemm: nobody waits for the others' panels": (GEMM, "if (share_rows) barrier.wait(team);", ""),
     "direct: the last numbers of a sum are left out": (DIRECT, "add(Part<0>{}, k, k_size - k);", ""),
 }

@@ -15,6 +15,10 @@ template <class T>
 struct TypedKernels {
   void (*rnn_forward[kCells])(const RnnForward<T>&);
   void (*rnn_backward[kCells])(const RnnBackward<T>&);
+  // A direction's weights as rnn_forward packs them at each call of many steps: so many numbers, written to memory
+  // that is aligned to cache lines. Of the layer, sizes, weights and threads matter alone.
+  int64_t (*rnn_packed_numbers[kCells])(const RnnLayer<T>&);
+  void (*rnn_pack[kCells])(const RnnLayer<T>&, int direction, T* to);
 };
 
 // Parts of the kernels, for tests and the benchmark.

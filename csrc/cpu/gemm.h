@@ -26,6 +26,23 @@ Matrix<T> columns_of(const T* data, int64_t ld) {  // the transpose of what lies
   return {data, 1, ld};
 }
 
+// How B (k, n) is packed: blocks of K, each of all panels, which stay as far apart in a shorter last one, as threads
+// may be a block apart.
+template <class T>
+struct GemmPanels {
+  using Shape = PanelShape<T, 1>;
+  int64_t panels, blocks, depth, panel_stride, block_numbers;
+
+  GemmPanels(int64_t n, int64_t k) {
+    panels = Shape::blocks(n);
+    blocks = (k + kGemmK - 1) / kGemmK;
+    depth = blocks <= 1 ? k : ((k + blocks - 1) / blocks + kChain - 1) / kChain * kChain;  // whole chains
+    panel_stride = Shape::panel_numbers(depth);
+    block_numbers = panels * panel_stride;
+  }
+  int64_t numbers() const { return blocks * block_numbers; }
+};
+
 // Rows [k0, k0 + k_size) of B, panel j: [k][V lanes of each vector], zero past n.
 template <class T>
 void pack_b(const Matrix<T>& b, int64_t k0, int64_t k_size, int64_t n, int64_t j, T* panel) {
@@ -93,6 +110,8 @@ FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, i
       (accumulate ? V::load(c + i / NV * ldc + i % NV * V::size, columns - i % NV * V::size) : V(0))
           .store(sums + i * V::size);
   }
+  if (accumulate)  // what is added to comes from far away, in time for the end of the first chain
+    for (int i = 0; i < MR; ++i) __builtin_prefetch(to + i * ld, 1);
   for (int64_t k = 0; k < k_size; k += kChain)
     tile<MR, NV, 1, T>(a + k / count * a_step, a_row, a_step, panel + k * width, width * count, 0,
                        k_size - k < kChain ? k_size - k : kChain, to, ld, accumulate || k > 0);
@@ -169,10 +188,21 @@ void gemm_few_rows(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>
   });
 }
 
-// C (m, n) (+)= A B, C of the type that is computed in.
+// All of B, as gemm() takes it packed: GemmPanels<T>(n, k).numbers().
+template <class T>
+void gemm_pack(int threads, int64_t n, int64_t k, const Matrix<T>& b, T* to) {
+  const GemmPanels<T> layout(n, k);
+  parallel_for(threads, layout.blocks * layout.panels, [&](int64_t i) {
+    const int64_t block = i / layout.panels, j = i % layout.panels, k0 = block * layout.depth;
+    pack_b(b, k0, k - k0 < layout.depth ? k - k0 : layout.depth, n, j,
+           to + block * layout.block_numbers + j * layout.panel_stride);
+  });
+}
+
+// C (m, n) (+)= A B, C of the type that is computed in. packed_b: B once more, from gemm_pack, or null.
 template <class T>
 void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, bool accumulate,
-          Compute<T>* c, int64_t ldc) {
+          Compute<T>* c, int64_t ldc, const T* packed_b = nullptr) {
   using Shape = PanelShape<T, 1>;
   if (m <= 0 || n <= 0) return;
   if (k <= 0) {
@@ -183,17 +213,15 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
   if constexpr (Terms<T>::count == 1)  // rows of pairs lie nowhere
     if (m <= kRowsInPlace && a.column == 1 && b.column == 1)
       return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
-  const int64_t panels = Shape::blocks(n);
-  const int64_t blocks = (k + kGemmK - 1) / kGemmK;
-  const int64_t depth = blocks == 1 ? k : ((k + blocks - 1) / blocks + kChain - 1) / kChain * kChain;  // whole chains
-  const int64_t panel_stride = Shape::panel_numbers(depth);  // of shorter blocks too: threads may be a block apart
-  const int64_t block_numbers = panels * panel_stride, buffers = depth < k ? 2 : 1;
+  const GemmPanels<T> layout(n, k);
+  const int64_t depth = layout.depth, panels = layout.panels;
+  const int64_t buffers = depth < k ? 2 : 1;
   const int64_t a_numbers = packs(a) ? kGemmRows * (depth + depth % Terms<T>::count) : 0;
   const int64_t parts = (m > n ? m : n) / kGemmPart;  // every thread has work
   const int wanted = m * n * k < kGemmToShare || parts < 1 ? 1 : parts < threads ? static_cast<int>(parts) : threads;
   Workspace<T> b_memory;
   Workspace<typename Terms<T>::Left> a_memory;
-  T* const b_all = b_memory.allocate(buffers * block_numbers);
+  T* const b_all = packed_b ? nullptr : b_memory.allocate(buffers * layout.block_numbers);
   auto* const a_all = a_memory.allocate(wanted * a_numbers);
   Barrier barrier;
   barrier.begin();
@@ -207,12 +235,18 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
     const Range columns = share_rows ? Range{0, panels} : part(panels, member, team);
     for (int64_t k0 = 0, i = 0; k0 < k; k0 += depth, ++i) {
       const int64_t k_size = k - k0 < depth ? k - k0 : depth;
-      T* const block = b_all + i % buffers * block_numbers;  // one is packed while others still read the one before it
-      const Range mine = share_rows ? part(panels, member, team) : columns;
-      for (int64_t j = mine.begin; j < mine.end; ++j) pack_b(b, k0, k_size, n, j, block + j * panel_stride);
-      if (share_rows) barrier.wait(team);
-      gemm_block(a, rows, k0, k_size, block, panel_stride, columns, n, a_all + member * a_numbers, accumulate || k0 > 0,
-                 c, ldc);
+      const T* block;
+      if (packed_b) {
+        block = packed_b + i * layout.block_numbers;
+      } else {
+        T* const to = b_all + i % buffers * layout.block_numbers;  // others may still read the one before it
+        const Range mine = share_rows ? part(panels, member, team) : columns;
+        for (int64_t j = mine.begin; j < mine.end; ++j) pack_b(b, k0, k_size, n, j, to + j * layout.panel_stride);
+        if (share_rows) barrier.wait(team);
+        block = to;
+      }
+      gemm_block(a, rows, k0, k_size, block, layout.panel_stride, columns, n, a_all + member * a_numbers,
+                 accumulate || k0 > 0, c, ldc);
     }
   });
 }

@@ -59,6 +59,12 @@ constexpr TypedKernels<T> typed_kernels() {
 #define X(name, type) rnn_backward<type, T>,
       {FASTSEQ_FOR_EACH_CELL(X)},
 #undef X
+#define X(name, type) rnn_packed_numbers<type, T>,
+      {FASTSEQ_FOR_EACH_CELL(X)},
+#undef X
+#define X(name, type) rnn_pack<type, T>,
+      {FASTSEQ_FOR_EACH_CELL(X)},
+#undef X
   };
 }
 template <class T>

@@ -1,6 +1,9 @@
 #include "memory.h"
 
 #include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -17,6 +20,68 @@ void advise_huge_pages(void* data, std::size_t bytes) {
 #else
   (void)data, (void)bytes;
 #endif
+}
+
+namespace {
+
+// malloc is quick with less, and keeps it itself.
+constexpr std::size_t kSmallBytes = std::size_t(16) << 10;
+#if defined(__SANITIZE_ADDRESS__)
+constexpr std::size_t kKept = 0;  // else a block that was given back could be read unseen
+#else
+constexpr std::size_t kKept = kKeptBytes;
+#endif
+
+// The blocks that nobody uses, in the order in which they came back. Only ever try_lock: whoever finds it held, be it
+// by a thread that a fork has left behind, does without.
+struct IdleBlocks {
+  static constexpr int kMost = 64;
+  std::mutex mutex;
+  Block blocks[kMost];
+  int count = 0;
+  std::size_t bytes = 0;
+
+  Block remove(int i) {
+    const Block out = blocks[i];
+    bytes -= out.bytes;
+    for (--count; i < count; ++i) blocks[i] = blocks[i + 1];
+    return out;
+  }
+} idle;
+
+}  // namespace
+
+Block take_block(std::size_t bytes) {
+  bytes = (bytes + 63) / 64 * 64;
+  if (bytes > kSmallBytes && bytes <= kKept && idle.mutex.try_lock()) {
+    const std::lock_guard<std::mutex> lock(idle.mutex, std::adopt_lock);
+    int best = -1;  // the smallest that is large enough and not much too large
+    for (int i = idle.count - 1; i >= 0; --i)
+      if (idle.blocks[i].bytes >= bytes && idle.blocks[i].bytes <= 2 * bytes &&
+          (best < 0 || idle.blocks[i].bytes < idle.blocks[best].bytes))
+        best = i;
+    if (best >= 0) return idle.remove(best);
+  }
+  void* data = std::aligned_alloc(64, bytes);
+  if (!data) throw std::bad_alloc();
+  advise_huge_pages(data, bytes);
+  return {data, bytes};
+}
+
+void give_block(Block block) {
+  if (block.bytes > kSmallBytes && block.bytes <= kKept && idle.mutex.try_lock()) {
+    const std::lock_guard<std::mutex> lock(idle.mutex, std::adopt_lock);
+    while (idle.count == IdleBlocks::kMost || idle.bytes + block.bytes > kKept) std::free(idle.remove(0).data);
+    idle.blocks[idle.count++] = block;
+    idle.bytes += block.bytes;
+    return;
+  }
+  std::free(block.data);
+}
+
+std::size_t kept_bytes() {
+  const std::lock_guard<std::mutex> lock(idle.mutex);
+  return idle.bytes;
 }
 
 }  // namespace fastseq::cpu

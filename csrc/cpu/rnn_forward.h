@@ -8,6 +8,41 @@
 // weights are not packed, gx is computed in the same region as the steps, and threads share units alone.
 #pragma once
 
+// The weights of a direction as the steps and the input projection take them packed, one after another: W_hh, W_hr,
+// W_ih.
+template <class Cell, class T>
+struct PackedDirection {
+  using Hidden = StepWeights<Cell::gates, T, true>;
+  using Projection = StepWeights<1, T, true>;
+  int64_t w_hr, w_ih, numbers;  // where they begin, and all of it
+
+  explicit PackedDirection(const RnnLayer<T>& p) {
+    w_hr = Hidden::packed_numbers(p.hidden_size, p.out_size());
+    w_ih = w_hr + (p.proj_size ? Projection::packed_numbers(p.proj_size, p.hidden_size) : 0);
+    numbers = w_ih + GemmPanels<T>(Cell::gates * p.hidden_size, p.input_size).numbers();
+  }
+};
+
+template <class Cell, class T>
+int64_t rnn_packed_numbers(const RnnLayer<T>& p) {
+  return PackedDirection<Cell, T>(p).numbers;
+}
+
+template <class Cell, class T>
+void rnn_pack(const RnnLayer<T>& p, int direction, T* to) {
+  const PackedDirection<Cell, T> at(p);
+  const DirectionWeights<T>& w = p.weights[direction];
+  const auto pack = [&](auto weights, const T* from, int64_t n, int64_t k, T* panels) {
+    weights.prepare(from, k, n, k, true, panels);
+    parallel_for(p.threads, weights.blocks(),
+                 [&](int64_t j) { weights.pack(j, panels + j * decltype(weights)::Shape::panel_numbers(k)); });
+  };
+  pack(typename PackedDirection<Cell, T>::Hidden(), w.w_hh, p.hidden_size, p.out_size(), to);
+  if (p.proj_size)
+    pack(typename PackedDirection<Cell, T>::Projection(), w.w_hr, p.proj_size, p.hidden_size, to + at.w_hr);
+  gemm_pack(p.threads, Cell::gates * p.hidden_size, p.input_size, columns_of(w.w_ih, p.input_size), to + at.w_ih);
+}
+
 template <class Cell, class T>
 class ForwardDirection {
  public:
@@ -30,9 +65,12 @@ class ForwardDirection {
     ldo_ = p.directions * hout_;
     packed_ = p.schedule.nominal_steps() >= kStepsToPack;
     const int64_t B = p.schedule.batch;
-    hidden_.prepare(w_.w_hh, hout_, H_, hout_, packed_);
+    const T* ready = packed_ ? p.packed[d_] : nullptr;
+    const PackedDirection<Cell, T> at(p);
+    hidden_.prepare(w_.w_hh, hout_, H_, hout_, packed_, ready);
     if (!packed_) input_.prepare(w_.w_ih, p.input_size, H_, p.input_size, false);
-    if (p.proj_size) projection_.prepare(w_.w_hr, H_, hout_, H_, packed_);
+    if (p.proj_size) projection_.prepare(w_.w_hr, H_, hout_, H_, packed_, ready ? ready + at.w_hr : nullptr);
+    ready_w_ih_ = ready ? ready + at.w_ih : nullptr;
     if (Cell::cell_state) {
       if constexpr (kSameType) c_ = p.c_n ? p.c_n + d_ * B * H_ : nullptr;
       if (!c_) c_ = c_memory_.allocate(B * H_);
@@ -69,7 +107,7 @@ class ForwardDirection {
     if (!packed_) return;  // run() does it
     const int64_t I = p_->input_size;
     gemm(p_->threads, rows.end - rows.begin, Cell::gates * H_, I, rows_of(p_->x + rows.begin * I, I),
-         columns_of(w_.w_ih, I), false, gx_rows_ + rows.begin * gx_ld_, gx_ld_);
+         columns_of(w_.w_ih, I), false, gx_rows_ + rows.begin * gx_ld_, gx_ld_, ready_w_ih_);
   }
 
   // Steps [s0, s1) of some rows, this member's share of their units.
@@ -226,11 +264,11 @@ class ForwardDirection {
   DirectionWeights<T> w_;
   int64_t H_ = 0, hout_ = 0, ldo_ = 0, gx_ld_ = 0;
   bool packed_ = false;
-  StepWeights<Cell::gates, T, true> hidden_, input_;
-  StepWeights<1, T, true> projection_;
+  typename PackedDirection<Cell, T>::Hidden hidden_, input_;
+  typename PackedDirection<Cell, T>::Projection projection_;
   Workspace<T> zeros_, emitted_;
   Workspace<A> c_memory_, gx_;
-  const T *b_ih_ = nullptr, *b_hh_ = nullptr, *h0_ = nullptr;
+  const T *b_ih_ = nullptr, *b_hh_ = nullptr, *h0_ = nullptr, *ready_w_ih_ = nullptr;
   T* kept_ = nullptr;
   A *gx_rows_ = nullptr, *c_ = nullptr;
 };

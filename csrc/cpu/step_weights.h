@@ -9,23 +9,29 @@ class StepWeights {
  public:
   using Shape = PanelShape<T, Gates>;
 
-  // W^T of w (Gates*n, K), or W of w (K, n); ld is the numbers between two rows of w.
-  void prepare(const T* w, int64_t ld, int64_t n, int64_t k_size, bool packed) {
+  // All panels.
+  static int64_t packed_numbers(int64_t n, int64_t k_size) { return Shape::blocks(n) * Shape::panel_numbers(k_size); }
+
+  // W^T of w (Gates*n, K), or W of w (K, n); ld is the numbers between two rows of w. Panels that are `ready` need no
+  // packing any more.
+  void prepare(const T* w, int64_t ld, int64_t n, int64_t k_size, bool packed, const T* ready = nullptr) {
     w_ = w, ld_ = ld, n_ = n, k_ = k_size;
     blocks_ = Shape::blocks(n);
     first_packed_ = packed ? 0 : kTransposed ? blocks_ : Terms<T>::count == 1 ? n / Shape::units : 0;
-    panels_.allocate((blocks_ - first_packed_) * Shape::panel_numbers(k_));
+    ready_ = ready != nullptr;
+    panels_ = ready ? ready : memory_.allocate((blocks_ - first_packed_) * Shape::panel_numbers(k_));
   }
   int64_t blocks() const { return blocks_; }
 
   // Packing, in pieces that threads can share.
-  int64_t panels() const { return blocks_ - first_packed_; }
-  void pack(int64_t i) {
-    const int64_t j = first_packed_ + i;
+  int64_t panels() const { return ready_ ? 0 : blocks_ - first_packed_; }
+  void pack(int64_t i) { pack(first_packed_ + i, memory_.get() + i * Shape::panel_numbers(k_)); }
+  // Panel j.
+  void pack(int64_t j, T* panel) const {
     if constexpr (kTransposed) {
-      pack_transposed<Gates>(w_, ld_, n_, k_, j, panels_.get() + i * Shape::panel_numbers(k_));
+      pack_transposed<Gates>(w_, ld_, n_, k_, j, panel);
     } else {
-      pack_straight(w_, ld_, n_, k_, j, panels_.get() + i * Shape::panel_numbers(k_));
+      pack_straight(w_, ld_, n_, k_, j, panel);
     }
   }
 
@@ -63,10 +69,12 @@ class StepWeights {
   };
   Panel panel_of(int64_t j) const {
     if (j < first_packed_) return {w_ + j * Shape::width, ld_, Shape::width};
-    return {panels_.get() + (j - first_packed_) * Shape::panel_numbers(k_), Shape::step, Shape::panel_numbers(k_)};
+    return {panels_ + (j - first_packed_) * Shape::panel_numbers(k_), Shape::step, Shape::panel_numbers(k_)};
   }
 
   const T* w_ = nullptr;
   int64_t ld_ = 0, n_ = 0, k_ = 0, blocks_ = 0, first_packed_ = 0;
-  Workspace<T> panels_;
+  bool ready_ = false;
+  const T* panels_ = nullptr;
+  Workspace<T> memory_;
 };

@@ -7,23 +7,22 @@ class Workspace {
   Workspace() = default;
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { free(data_); }
+  ~Workspace() {
+    if (block_.data) give_block(block_);
+  }
 
   T* allocate(int64_t numbers) {
     if (numbers <= 0) return nullptr;
-    const size_t bytes = (static_cast<size_t>(numbers) * sizeof(T) + 63) / 64 * 64;
-    data_ = static_cast<T*>(aligned_alloc(64, bytes));
-    if (!data_) throw std::bad_alloc();
-    if (bytes >= kLargeBytes) advise_huge_pages(data_, bytes);
-    return data_;
+    block_ = take_block(static_cast<size_t>(numbers) * sizeof(T));
+    return get();
   }
   T* zeros(int64_t numbers) {
     T* data = allocate(numbers);
     if (data) memset(static_cast<void*>(data), 0, static_cast<size_t>(numbers) * sizeof(T));
     return data;
   }
-  T* get() const { return data_; }
+  T* get() const { return static_cast<T*>(block_.data); }
 
  private:
-  T* data_ = nullptr;
+  Block block_;
 };

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <exception>
 
+#include "cpu/memory.h"
 #include "layer.h"
 #include "oracle.h"
 #include "vec_math_check.h"
@@ -96,6 +97,22 @@ Forward<T> check_forward(Report& report, const Kernels& kernels, const Case& c, 
     }
   }
   return f;
+}
+
+// Weights packed beforehand give the bits of those packed for the call, and of many steps take their place altogether.
+template <class T>
+void check_packed(Report& report, const Kernels& kernels, const Case& c, const Inputs<T>& in, const Forward<T>& f) {
+  constexpr int64_t kStepsToPack = 8;  // as in cpu/rnn_driver.h
+  for (int threads = 1; threads <= 2; ++threads) {
+    const auto packed = pack_weights(kernels, c, in, threads);
+    Inputs<T> absent = in;
+    for (int i = kWeights; i < kInputs && c.T >= kStepsToPack; ++i)
+      if (const int weight = (i - kWeights) % 5; weight != 2 && weight != 3)
+        absent[i] = Guarded<T>(in[i].size());  // NaN
+    for (const bool keep : {false, true})
+      same_outputs(report, "packed beforehand, " + std::to_string(threads) + " threads",
+                   run_forward(kernels, c, absent, keep, threads, true, packed).out, f.out);
+  }
 }
 
 // An absent state or bias is one of zeros.
@@ -226,10 +243,12 @@ void check_case(Report& report, const Kernels& kernels, const Case& c) {
 
   where("double");
   const Forward<double> f = check_forward(report, kernels, c, in);
+  check_packed(report, kernels, c, in, f);
   check_absent(report, kernels, c, in, f);
   check_rows(report, kernels, c, in, f);
   where("float");
   const Forward<float> f_float = check_forward(report, kernels, c, in_float);
+  check_packed(report, kernels, c, in_float, f_float);
   check_absent(report, kernels, c, in_float, f_float);
   check_rows(report, kernels, c, in_float, f_float);
   for (int i = 0; i < kOutputs; ++i)
@@ -338,12 +357,45 @@ void check_dispatch(Report& report) {
   }
 }
 
+// What is given back comes again, if it is about as large as what is asked for, and is never too much in all.
+void check_memory(Report& report) {
+  report.where = "memory";
+  constexpr size_t kMiB = size_t(1) << 20;
+  const auto take = [&](size_t bytes) {
+    const cpu::Block block = cpu::take_block(bytes);
+    report.check(block.bytes >= bytes && reinterpret_cast<uintptr_t>(block.data) % 64 == 0, "take_block",
+                 [&] { return "expected aligned memory of " + std::to_string(bytes) + " bytes or more"; });
+    std::memset(block.data, 1, bytes);
+    return block;
+  };
+  const cpu::Block first = take(kMiB + 1);
+  cpu::give_block(first);
+  if (cpu::kept_bytes() > 0) {  // nothing is kept under a sanitizer
+    const cpu::Block again = take(kMiB), other = take(kMiB);
+    report.check(again.data == first.data && other.data != first.data, "take_block",
+                 [] { return "expected the block that was given back, and once only"; });
+    cpu::give_block(again);
+    const cpu::Block small = take(kMiB / 4);
+    report.check(small.bytes < kMiB, "take_block", [] { return "a block four times as large was taken"; });
+    cpu::give_block(small);
+    cpu::give_block(other);
+  }
+  std::vector<cpu::Block> many;
+  for (int i = 0; i < 200; ++i) many.push_back(take(kMiB / 2 + i * 4096));
+  many.push_back(take(2 * cpu::kKeptBytes));
+  for (const cpu::Block& block : many) {
+    cpu::give_block(block);
+    report.check(cpu::kept_bytes() <= cpu::kKeptBytes, "give_block", [] { return "more is kept than kKeptBytes"; });
+  }
+}
+
 int run(bool quick) {
   Report report;
   const char* forced = std::getenv("FASTSEQ_ISA");
   const std::vector<std::string> isas =
       forced && *forced ? std::vector<std::string>{cpu::kernels().isa} : cpu::available_isas();
   check_dispatch(report);
+  check_memory(report);
   for (const std::string& isa : isas)
     if (const Kernels* kernels = cpu::find_kernels(isa)) check_isa(report, *kernels, quick);
   std::printf(

@@ -223,13 +223,27 @@ void fill_layer(RnnLayer<T>& p, const Case& c, const Inputs<T>& in, int threads)
   }
 }
 
+// Each direction's weights as the kernels pack them.
+template <class T>
+std::array<Guarded<T>, 2> pack_weights(const Kernels& kernels, const Case& c, const Inputs<T>& in, int threads) {
+  RnnLayer<T> p;
+  fill_layer(p, c, in, threads);
+  std::array<Guarded<T>, 2> packed;
+  for (int d = 0; d < c.directions; ++d) {
+    packed[d] = Guarded<T>(kernels.typed<T>().rnn_packed_numbers[c.cell](p));
+    kernels.typed<T>().rnn_pack[c.cell](p, d, packed[d].data());
+  }
+  return packed;
+}
+
 // keep: as in training. Without `final_states` nobody asks for h_n and c_n.
 template <class T>
 Forward<T> run_forward(const Kernels& kernels, const Case& c, const Inputs<T>& in, bool keep, int threads,
-                       bool final_states = true) {
+                       bool final_states = true, const std::array<Guarded<T>, 2>& packed = {}) {
   Forward<T> f;
   RnnForward<T> p;
   fill_layer(p, c, in, threads);
+  for (int d = 0; d < c.directions; ++d) p.packed[d] = packed[d].data();
   for (int i = 0; i < (final_states ? kOutputs : 1); ++i) f.out[i] = Guarded<T>(c.output_sizes()[i]);
   p.output = f.out[kOutput].data();
   p.h_n = f.out[kHn].data();

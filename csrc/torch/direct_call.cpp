@@ -17,6 +17,9 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <memory>
+
+#include "prepacked.h"
 #include "probes.h"
 #include "rnn.h"
 #include "stack.h"
@@ -86,6 +89,7 @@ struct Names {
   PyObject* batch_first = intern("batch_first");
   PyObject* dropout = intern("dropout");
   PyObject* training = intern("training");
+  PyObject* prepacked = intern("_prepacked");
   PyObject* weight_ih = intern("weight_ih");
   PyObject* weight_hh = intern("weight_hh");
   PyObject* bias_ih = intern("bias_ih");
@@ -138,6 +142,12 @@ struct Call {
   int64_t layers = 1;
   bool bidirectional = false, bias = true;
   bool recorded = false;
+  const Prepacked* prepacked = nullptr;
+
+  RnnArguments arguments() const {
+    static const OptionalTensor none;
+    return {cell, x, hx, cx, weights, {}, none, none, layers, bidirectional, bias};
+  }
 };
 
 // Nothing between a call and the kernels records what happens to its tensors, unless it is to be recorded.
@@ -159,19 +169,34 @@ template <class Fits>
 bool run(const Call& call, const Fits& fits, RnnOutputs& outputs) {
   try {
     const Below below(call);
-    static const OptionalTensor none;
-    const RnnArguments arguments{
-        call.cell, call.x, call.hx, call.cx, call.weights, {}, none, none, call.layers, call.bidirectional, call.bias};
+    const RnnArguments arguments = call.arguments();
     const RnnStack stack(arguments);
     if (!fits(stack)) return false;
     const Unlocked unlocked;
-    outputs = call.recorded ? rnn_forward_autograd(call.cell, call.x, call.hx, call.cx, call.weights, {}, none, none,
+    outputs = call.recorded ? rnn_forward_autograd(call.cell, call.x, call.hx, call.cx, call.weights, {}, {}, {},
                                                    call.layers, call.bidirectional, call.bias, false)
-                            : run_forward(arguments, stack, false);
+                            : run_forward(arguments, stack, false, call.prepacked);
     return true;
   } catch (const std::exception&) {  // the operator will say it, in the usual way
     return false;
   }
+}
+
+constexpr const char* kPrepacked = "fastseq.Prepacked";  // the capsule's name
+
+// The packed weights of a layer that has any. An error if they are no longer the layer's: the one error of a direct
+// call, as the way round it would run with the weights as they are.
+void take_prepacked(PyObject* dict, PyObject* weight_names, Call& call) {
+  PyObject* capsule = PyDict_GetItemWithError(dict, names->prepacked);  // borrowed
+  if (!capsule) return PyErr_Clear();
+  call.prepacked = static_cast<const Prepacked*>(PyCapsule_GetPointer(capsule, kPrepacked));
+  if (!call.prepacked) throw python_error();
+  const auto change = call.prepacked->change(call.arguments());
+  if (!change) return;
+  const std::string which =
+      change->weight < 0 ? "" : py::str(PyList_GET_ITEM(weight_names, change->weight)).cast<std::string>() + " ";
+  TORCH_CHECK(false, which, change->what, " since prepack(): call prepack() again, or unprepack() to have the weights ",
+              "packed at every call");
 }
 
 // hx as a module takes it: None, h, or where there are two a tuple of h and c; each with as many dimensions as the
@@ -271,6 +296,7 @@ PyObject* call_layer(PyObject* dict, PyObject* input, PyObject* hx) {
       call.x = call.x.transpose(0, 1);
     }
   }
+  if (!call.recorded) take_prepacked(dict, weight_names, call);
   RnnOutputs outputs;
   const auto fits = [&](const RnnStack& stack) {
     return stack.input_size == input_size && stack.hidden_size == hidden_size &&
@@ -345,6 +371,31 @@ PyObject* direct_layer(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* prepack(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 5 && PyList_Check(args[1]), "prepack takes a cell's name, weights, num_layers, ",
+                   "bidirectional and bias");
+  Call call;
+  call.cell = py::handle(args[0]).cast<std::string>();
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[1]); ++i) {
+    TORCH_CHECK_TYPE(THPVariable_Check(PyList_GET_ITEM(args[1], i)), "prepack takes a list of tensors");
+    call.weights.push_back(THPVariable_Unpack(PyList_GET_ITEM(args[1], i)));
+  }
+  call.layers = py::handle(args[2]).cast<int64_t>();
+  call.bidirectional = py::handle(args[3]).cast<bool>();
+  call.bias = py::handle(args[4]).cast<bool>();
+  TORCH_CHECK_TYPE(!call.weights.empty() && call.weights[0].dim() == 2, "prepack takes the weights of a layer");
+  const at::NoGradGuard no_grad;
+  call.x = at::empty({0, 0, call.weights[0].size(1)}, call.weights[0].options());
+  auto packed = std::make_unique<Prepacked>(call.arguments());
+  PyObject* capsule = PyCapsule_New(packed.get(), kPrepacked, [](PyObject* self) {
+    delete static_cast<Prepacked*>(PyCapsule_GetPointer(self, kPrepacked));
+  });
+  if (capsule) packed.release();
+  return capsule;
+  END_HANDLE_TH_ERRORS
+}
+
 PyObject* direct_cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 4 && PyDict_Check(args[1]), "direct_cell takes a name, a cell's __dict__, input and hx");
@@ -358,6 +409,8 @@ PyMethodDef functions[] = {
      "The result of a layer's call, from its __dict__, input and hx; None if the call is not plain."},
     {"direct_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(direct_cell)), METH_FASTCALL,
      "The result of a cell's call, from its name, __dict__, input and hx; None if the call is not plain."},
+    {"prepack", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepack)), METH_FASTCALL,
+     "The packed weights of a layer, for its __dict__ to hold as _prepacked."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -103,7 +103,7 @@ void fill_layer(RnnLayer<T>& p, const RnnStack& stack, const Inputs& in, int64_t
 }
 
 template <class T>
-RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
+RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save, const Prepacked* prepacked) {
   const Inputs in(stack, a);
   const int64_t N = stack.total_rows(), L = stack.layers, D = stack.directions;
   at::Tensor reserve, h_n, c_n;
@@ -136,6 +136,7 @@ RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
     } else {
       layer_output = empty(sizes, a.x);
     }
+    for (int64_t d = 0; prepacked && d < D; ++d) p.packed[d] = static_cast<const T*>(prepacked->direction(layer, d));
     p.output = mutable_pointer<T>(layer_output);
     if (copies && layer == L - 1) p.output_copy = mutable_pointer<T>(output);
     if (!stack.single_step) p.h_n = layer_state(mutable_pointer<T>(h_n), stack, layer, stack.out_size);
@@ -149,6 +150,23 @@ RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save) {
     if (stack.facts.cell_state) c_n = stack.from_order(c_n);
   }
   return {std::move(output), std::move(h_n), std::move(c_n), std::move(reserve)};
+}
+
+template <class T>
+std::vector<at::Tensor> pack(const RnnArguments& a, const RnnStack& stack) {
+  const Inputs in(stack, a);
+  const cpu::TypedKernels<T>& kernels = cpu::kernels().typed<T>();
+  std::vector<at::Tensor> out;
+  for (int64_t layer = 0; layer < stack.layers; ++layer) {
+    RnnLayer<T> p;
+    fill_layer(p, stack, in, layer, in.x);
+    const int64_t numbers = kernels.rnn_packed_numbers[static_cast<int>(stack.cell)](p);
+    for (int d = 0; d < p.directions; ++d) {
+      out.push_back(empty({numbers}, a.x));
+      kernels.rnn_pack[static_cast<int>(stack.cell)](p, d, mutable_pointer<T>(out.back()));
+    }
+  }
+  return out;
 }
 
 template <class T>
@@ -238,11 +256,16 @@ void check_gradient(const char* name, const OptionalTensor& gradient, at::IntArr
 
 }  // namespace
 
-RnnOutputs run_forward(const RnnArguments& a, const RnnStack& stack, bool save) {
+std::vector<at::Tensor> pack_weights(const RnnArguments& a, const RnnStack& stack) {
+  one_thread_in_a_forked_child();
+  return with_type(a.x.scalar_type(), [&](auto zero) { return pack<decltype(zero)>(a, stack); });
+}
+
+RnnOutputs run_forward(const RnnArguments& a, const RnnStack& stack, bool save, const Prepacked* prepacked) {
   one_thread_in_a_forked_child();
   return with_type(a.x.scalar_type(), [&](auto zero) {
     count_call<decltype(zero)>(Counted::rnn_forward, stack.cell);
-    return forward<decltype(zero)>(a, stack, save);
+    return forward<decltype(zero)>(a, stack, save, prepacked);
   });
 }
 

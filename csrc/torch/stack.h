@@ -10,6 +10,7 @@
 
 #include "../cpu/dispatch.h"
 #include "counters.h"
+#include "prepacked.h"
 
 namespace fastseq {
 
@@ -78,8 +79,12 @@ class FASTSEQ_API RnnStack {
 };
 
 // Checked arguments to the outputs, with nothing about autograd: output, h_n, c_n, reserve. Undefined: h_n of a single
-// step, where it would equal the output; c_n of a cell without; the reserve if it was not to be saved.
-FASTSEQ_API std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_forward(const RnnArguments& arguments,
-                                                                                   const RnnStack& stack, bool save);
+// step, where it would equal the output; c_n of a cell without; the reserve if it was not to be saved. `prepacked`: of
+// these very weights, or null.
+FASTSEQ_API std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_forward(
+    const RnnArguments& arguments, const RnnStack& stack, bool save, const Prepacked* prepacked = nullptr);
+
+// Each direction's weights, layer by layer, as RnnForward::packed has them.
+std::vector<at::Tensor> pack_weights(const RnnArguments& arguments, const RnnStack& stack);
 
 }  // namespace fastseq
