@@ -8,6 +8,12 @@ from fastseq.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = _C.version()
 
+
+def empty_cache() -> None:
+    """Gives the memory that the kernels keep for their next call, at most 256 MiB, back to the system."""
+    _C.empty_cache()
+
+
 __all__ = [
     "GRU",
     "LSTM",
@@ -18,6 +24,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "convert",
+    "empty_cache",
     "explain",
     "ops",
     "reference",

@@ -120,6 +120,31 @@ def test_a_changed_weight_raises(change, T):
         assert_same_bits(layer.unprepack()(x), want)
 
 
+def test_a_weight_that_is_a_part_of_what_was_packed_raises():
+    layer = fastseq.RNN(6, 40).prepack()
+    layer.weight_ih_l0 = torch.nn.Parameter(layer.weight_ih_l0.data[:, :5])  # the same memory
+    layer.input_size = 5
+    with torch.no_grad(), pytest.raises(RuntimeError, match="weight_ih_l0 is another tensor"):
+        layer(torch.randn(12, 2, 5))
+
+
+def test_prepacked_anew_while_others_call():
+    layer, packed = pair("RNN", 64, 512)
+    x = torch.randn(300, 1, 64)
+
+    def call():
+        with torch.no_grad():
+            return packed(x)
+
+    with ThreadPoolExecutor(2) as pool, torch.no_grad():
+        want = layer(x)
+        results = [pool.submit(call) for _ in range(20)]
+        while not all(result.done() for result in results):
+            packed.prepack()
+        for result in results:
+            assert_same_bits(result.result(), want)
+
+
 def test_a_changed_layer_raises():
     layer = fastseq.RNN(6, 40).prepack()
     layer.mode = "RNN_RELU"

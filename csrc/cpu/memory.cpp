@@ -52,12 +52,15 @@ struct IdleBlocks {
 }  // namespace
 
 Block take_block(std::size_t bytes) {
-  bytes = (bytes + 63) / 64 * 64;
+  // Up to an eighth more, so that batches of about the same length find one another's blocks.
+  std::size_t unit = 64;
+  while (unit * 16 <= bytes) unit *= 2;
+  bytes = (bytes + unit - 1) / unit * unit;
   if (bytes > kSmallBytes && bytes <= kKept && idle.mutex.try_lock()) {
     const std::lock_guard<std::mutex> lock(idle.mutex, std::adopt_lock);
     int best = -1;  // the smallest that is large enough and not much too large
     for (int i = idle.count - 1; i >= 0; --i)
-      if (idle.blocks[i].bytes >= bytes && idle.blocks[i].bytes <= 2 * bytes &&
+      if (idle.blocks[i].bytes >= bytes && idle.blocks[i].bytes <= bytes + bytes / 4 &&
           (best < 0 || idle.blocks[i].bytes < idle.blocks[best].bytes))
         best = i;
     if (best >= 0) return idle.remove(best);
@@ -82,6 +85,11 @@ void give_block(Block block) {
 std::size_t kept_bytes() {
   const std::lock_guard<std::mutex> lock(idle.mutex);
   return idle.bytes;
+}
+
+void release_kept_blocks() {
+  const std::lock_guard<std::mutex> lock(idle.mutex);
+  while (idle.count > 0) std::free(idle.remove(0).data);
 }
 
 }  // namespace fastseq::cpu

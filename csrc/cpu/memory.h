@@ -14,13 +14,15 @@ void advise_huge_pages(void* data, std::size_t bytes);
 
 // Memory of at least so many bytes, aligned to cache lines, its contents anything; throws std::bad_alloc. What is
 // given back is kept for the next who asks, of any thread: at most kKeptBytes of it in all.
-constexpr std::size_t kKeptBytes = std::size_t(64) << 20;
+constexpr std::size_t kKeptBytes = std::size_t(256) << 20;
 struct Block {
   void* data = nullptr;
   std::size_t bytes = 0;
 };
 Block take_block(std::size_t bytes);
 void give_block(Block block);
-std::size_t kept_bytes();  // now
+
+std::size_t kept_bytes();    // now
+void release_kept_blocks();  // to the system
 
 }  // namespace fastseq::cpu

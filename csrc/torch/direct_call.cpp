@@ -143,6 +143,7 @@ struct Call {
   bool bidirectional = false, bias = true;
   bool recorded = false;
   const Prepacked* prepacked = nullptr;
+  py::object holds_prepacked;  // another thread may replace it while this one is in the kernel
 
   RnnArguments arguments() const {
     static const OptionalTensor none;
@@ -191,6 +192,7 @@ void take_prepacked(PyObject* dict, PyObject* weight_names, Call& call) {
   if (!capsule) return PyErr_Clear();
   call.prepacked = static_cast<const Prepacked*>(PyCapsule_GetPointer(capsule, kPrepacked));
   if (!call.prepacked) throw python_error();
+  call.holds_prepacked = py::reinterpret_borrow<py::object>(capsule);
   const auto change = call.prepacked->change(call.arguments());
   if (!change) return;
   const std::string which =

@@ -7,6 +7,7 @@
 #include "build_info.h"
 #include "counters.h"
 #include "direct_call.h"
+#include "memory.h"
 #include "probes.h"
 
 namespace py = pybind11;
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
     reset_counters();
     reset_direct_calls();
   });
+  m.def("empty_cache", &empty_cache, "Gives the memory that kernels keep for their next call back to the system.");
   add_direct_calls(m.ptr());
 
   const auto probe = [](const std::string& function, const auto& x) {

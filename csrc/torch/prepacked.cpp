@@ -13,7 +13,8 @@ Prepacked::Prepacked(const RnnArguments& a) {
     TORCH_CHECK(w.device().is_cpu(), "prepack takes weights on the CPU; got one on ", w.device());
     TORCH_CHECK(!w.is_inference(), "prepack takes weights whose changes can be seen: those created under ",
                 "torch.inference_mode() have no version counter. Create them outside of it");
-    weights_.push_back({w.storage(), w.storage_offset(), at::DimVector(w.strides()), w._version()});
+    weights_.push_back({w.storage(), w.storage_offset(), w.scalar_type(), at::DimVector(w.sizes()),
+                        at::DimVector(w.strides()), w._version()});
   }
   packed_ = pack_weights(a, stack);
 }
@@ -26,7 +27,8 @@ std::optional<Prepacked::Change> Prepacked::change(const RnnArguments& a) const 
     const at::Tensor& now = a.weights[i];
     const Packed& then = weights_[i];
     if (now.storage().unsafeGetStorageImpl() != then.storage.unsafeGetStorageImpl() ||
-        now.storage_offset() != then.offset || now.strides() != at::IntArrayRef(then.strides))
+        now.storage_offset() != then.offset || now.scalar_type() != then.type ||
+        now.sizes() != at::IntArrayRef(then.sizes) || now.strides() != at::IntArrayRef(then.strides))
       return Change{static_cast<int64_t>(i), "is another tensor"};
     if (now._version() != then.version) return Change{static_cast<int64_t>(i), "has been written to"};
   }

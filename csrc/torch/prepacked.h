@@ -36,7 +36,8 @@ class FASTSEQ_API Prepacked {
   struct Packed {         // what a weight was
     at::Storage storage;  // held, so that its address is nobody else's
     int64_t offset;
-    at::DimVector strides;
+    at::ScalarType type;
+    at::DimVector sizes, strides;
     uint32_t version;
   };
   std::string cell_;

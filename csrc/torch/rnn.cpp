@@ -1,11 +1,10 @@
 // The recurrent operators on the CPU: check, allocate, fill the parameter block, call the kernel, layer by layer.
 #include "rnn.h"
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
-#include "../cpu/memory.h"
 #include "counters.h"
+#include "memory.h"
 #include "stack.h"
 
 namespace fastseq {
@@ -54,13 +53,6 @@ auto with_type(at::ScalarType type, const F& f) {
 template <class T>
 T* layer_state(T* base, const RnnStack& stack, int64_t layer, int64_t size) {
   return base ? base + layer * stack.directions * stack.batch * size : nullptr;
-}
-
-// Not at::empty, which goes through the dispatcher, and takes as long as a small step.
-at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
-  at::Tensor out = at::detail::empty_cpu(sizes, like.scalar_type());
-  if (out.nbytes() >= cpu::kLargeBytes) cpu::advise_huge_pages(out.mutable_data_ptr(), out.nbytes());
-  return out;
 }
 
 struct Inputs {

@@ -27,6 +27,7 @@ def peak(call: Callable[[], Any]) -> int:
     Raises:
         OSError: the system does not let a process reset its peak (Linux does).
     """
+    _load._C.empty_cache()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
