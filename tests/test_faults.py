@@ -60,6 +60,11 @@ FAULTS = {
     ),
     "packed beforehand: W_ih is looked for where W_hh is": (FORWARD, "ready ? ready + at.w_ih : nullptr", "ready"),
     "gemm: nobody waits for the others' panels": (GEMM, "if (share_rows) barrier.wait(team);", ""),
+    "bfloat16: the second number of a pair is the first": (
+        PANEL,
+        "to[2 * u + 1] = from[ld + u];",
+        "to[2 * u + 1] = from[u];",
+    ),
     "direct: the last numbers of a sum are left out": (DIRECT, "add(Part<0>{}, k, k_size - k);", ""),
 }
 

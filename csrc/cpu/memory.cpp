@@ -52,6 +52,7 @@ struct IdleBlocks {
 }  // namespace
 
 Block take_block(std::size_t bytes) {
+  if (bytes > PTRDIFF_MAX) throw std::bad_alloc();
   // Up to an eighth more, so that batches of about the same length find one another's blocks.
   std::size_t unit = 64;
   while (unit * 16 <= bytes) unit *= 2;

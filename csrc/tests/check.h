@@ -10,7 +10,37 @@
 #include <string>
 #include <vector>
 
+#include "params.h"
+
 namespace fastseq::test {
+
+// A number to calculate with, and back; bfloat16 has no arithmetic of its own.
+template <class T>
+T value(T x) {
+  return x;
+}
+inline float value(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+template <class T>
+T number(double x) {
+  return static_cast<T>(x);
+}
+template <>
+inline bfloat16 number<bfloat16>(double x) {  // to nearest, ties to even
+  const float rounded = static_cast<float>(x);
+  uint32_t bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+  if (std::isnan(rounded)) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <class T>
+T quiet_nan() {
+  return number<T>(std::numeric_limits<double>::quiet_NaN());
+}
 
 // n numbers between two fences. Fences and fresh contents are NaN: a kernel that reads past an end, or leaves an output
 // unwritten, shows it in its results. The odd fence also puts the numbers where no vector load is aligned.
@@ -18,8 +48,7 @@ template <class T>
 class Guarded {
  public:
   Guarded() = default;  // absent: data() is null
-  explicit Guarded(int64_t size)
-      : storage_(size ? size + 2 * kFence : 0, std::numeric_limits<T>::quiet_NaN()), size_(size) {}
+  explicit Guarded(int64_t size) : storage_(size ? size + 2 * kFence : 0, quiet_nan<T>()), size_(size) {}
 
   T* data() { return size_ ? storage_.data() + kFence : nullptr; }
   const T* data() const { return size_ ? storage_.data() + kFence : nullptr; }
@@ -28,7 +57,7 @@ class Guarded {
   T operator[](int64_t i) const { return storage_[kFence + i]; }
 
   bool intact() const {
-    const T nan = std::numeric_limits<T>::quiet_NaN();
+    const T nan = quiet_nan<T>();
     const auto is_fence = [&](T value) { return std::memcmp(&value, &nan, sizeof(T)) == 0; };
     for (size_t i = 0; size_ && i < kFence; ++i)
       if (!is_fence(storage_[i]) || !is_fence(storage_[kFence + size_ + i])) return false;
@@ -48,14 +77,14 @@ class Guarded {
 template <class T>
 Guarded<T> zeros_of(int64_t size) {
   Guarded<T> out(size);
-  for (int64_t i = 0; i < size; ++i) out[i] = 0;
+  for (int64_t i = 0; i < size; ++i) out[i] = number<T>(0);
   return out;
 }
 
 template <class To, class From>
 Guarded<To> convert(const Guarded<From>& from) {
   Guarded<To> to(from.size());
-  for (int64_t i = 0; i < from.size(); ++i) to[i] = static_cast<To>(from[i]);
+  for (int64_t i = 0; i < from.size(); ++i) to[i] = number<To>(value(from[i]));
   return to;
 }
 
@@ -93,7 +122,7 @@ class Report {
     std::ostringstream bound;
     bound << "within " << tolerance;
     compare(what, got, want, got.size(), bound.str(),
-            [&](auto a, auto b) { return std::fabs(static_cast<double>(a - b)) <= tolerance; });
+            [&](auto a, auto b) { return std::fabs(static_cast<double>(value(a) - value(b))) <= tolerance; });
   }
 
   // Everything written, nothing outside.
@@ -101,10 +130,10 @@ class Report {
   void written(const std::string& what, const Guarded<T>& got) {
     check(got.intact(), what, [] { return "written outside its bounds"; });
     int64_t first = 0;
-    while (first < got.size() && std::isfinite(got[first])) ++first;
+    while (first < got.size() && std::isfinite(value(got[first]))) ++first;
     check(first == got.size(), what, [&] {
       std::ostringstream out;
-      out << "element " << first << " of " << got.size() << ": expected a finite number, got " << got[first];
+      out << "element " << first << " of " << got.size() << ": expected a finite number, got " << value(got[first]);
       return out.str();
     });
   }
@@ -124,8 +153,8 @@ class Report {
     check(wrong == 0, what, [&] {
       std::ostringstream out;
       out.precision(20);
-      out << "element " << first << " of " << n << ": expected " << want[first] << ", " << relation << "; got "
-          << got[first] << " (" << wrong << " wrong)";
+      out << "element " << first << " of " << n << ": expected " << value(want[first]) << ", " << relation << "; got "
+          << value(got[first]) << " (" << wrong << " wrong)";
       return out.str();
     });
   }

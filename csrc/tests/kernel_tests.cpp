@@ -1,5 +1,5 @@
-// The kernels of every instruction set that this machine runs, without torch: each cell of the list, in float and
-// double, forward and backward.
+// The kernels of every instruction set that this machine runs, without torch: each cell of the list, in float, double
+// and bfloat16, forward and backward.
 //
 //   fastseq_kernel_tests [--quick]      --quick: fewer sizes, for emulators and checkers
 //   FASTSEQ_ISA=name                    only that instruction set
@@ -51,17 +51,21 @@ const Shape kShapes[] = {
 };
 
 // Bounds on |error|, in the type's epsilon, relative to the largest number of the tensor; several times what was seen.
-constexpr double kForwardBound = 64, kBackwardBound = 256;
+constexpr double kForwardBound = 64, kBackwardBound = 256, kBfloat16Bound = 8;
 
 template <class T>
 double epsilon() {
   return std::numeric_limits<T>::epsilon();
 }
+template <>
+double epsilon<bfloat16>() {
+  return 0x1p-7;
+}
 template <class Numbers>
 double largest(const Numbers& numbers) {
   double out = 0;
   for (int64_t i = 0; i < static_cast<int64_t>(numbers.size()); ++i)
-    out = std::max(out, std::fabs(static_cast<double>(numbers[i])));
+    out = std::max(out, std::fabs(static_cast<double>(value(numbers[i]))));
   return out;
 }
 
@@ -235,6 +239,20 @@ void near_oracle(Report& report, const Forward<T>& f, const std::array<std::vect
                 kForwardBound * epsilon<T>() * largest(want[i]));
 }
 
+// Against double, from the same forward.
+void check_bfloat16_gradients(Report& report, const Kernels& kernels, const Case& c, const Inputs<bfloat16>& in,
+                              const Forward<bfloat16>& f, const Outputs<bfloat16>& d_out) {
+  const std::string where = report.where;
+  report.where = std::string(kernels.isa) + " bfloat16 " + c.name();
+  const Inputs<bfloat16> grads = check_backward(report, kernels, c, in, f, d_out);
+  const Forward<double> same{convert<double>(f.out), convert<double>(f.kept), convert<double>(f.emitted)};
+  const Inputs<double> want = run_backward(kernels, c, convert<double>(in), same, convert<double>(d_out), 1);
+  for (int i = 0; i < kInputs; ++i)
+    report.near(std::string("against double: d ") + input_name(i), grads[i], want[i],
+                kBfloat16Bound * epsilon<bfloat16>() * largest(want[i]));
+  report.where = where;
+}
+
 void check_case(Report& report, const Kernels& kernels, const Case& c) {
   const auto where = [&](const char* type) { report.where = std::string(kernels.isa) + " " + type + " " + c.name(); };
   const Inputs<double> in = random_inputs(c, 1);
@@ -260,6 +278,16 @@ void check_case(Report& report, const Kernels& kernels, const Case& c) {
     where("double");
     near_oracle(report, f, want);
   }
+  where("bfloat16");
+  const Inputs<bfloat16> in_half = convert<bfloat16>(in);
+  const Forward<bfloat16> f_half = check_forward(report, kernels, c, in_half);
+  check_packed(report, kernels, c, in_half, f_half);
+  check_absent(report, kernels, c, in_half, f_half);
+  check_rows(report, kernels, c, in_half, f_half);
+  const Forward<double> near_half = run_forward(kernels, c, convert<double>(in_half), true, 1);
+  for (int i = 0; i < kOutputs; ++i)
+    report.near(std::string("against double: ") + output_name(i), f_half.out[i], near_half.out[i],
+                kBfloat16Bound * epsilon<bfloat16>() * largest(near_half.out[i]));
   if (c.total_rows() == 0) return;  // no gradient to speak of
 
   where("double");
@@ -267,6 +295,7 @@ void check_case(Report& report, const Kernels& kernels, const Case& c) {
   check_differences(report, kernels, c, in, d_out, grads);
   where("float");
   const Inputs<float> grads_float = check_backward(report, kernels, c, in_float, f_float, convert<float>(d_out));
+  check_bfloat16_gradients(report, kernels, c, in_half, f_half, convert<bfloat16>(d_out));
   // From the float forward, so that both are on the same side of every kink.
   const Forward<double> same{
       convert<double>(f_float.out), convert<double>(f_float.kept), convert<double>(f_float.emitted)};
