@@ -96,7 +96,7 @@ CHANGES = {
     "optimizer": step,
     "another parameter": replace,
     "another tensor": point_elsewhere,
-    "transposed in place": lambda layer: layer.weight_hh_l0.detach().resize_(1, 1).resize_(40, 40),
+    "resized in place": lambda layer: layer.weight_hh_l0.detach().resize_(1, 1).resize_(40, 40),
 }
 
 

@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -32,11 +33,11 @@ constexpr std::size_t kKept = 0;  // else a block that was given back could be r
 constexpr std::size_t kKept = kKeptBytes;
 #endif
 
-// The blocks that nobody uses, in the order in which they came back. Only ever try_lock: whoever finds it held, be it
-// by a thread that a fork has left behind, does without.
+// The blocks that nobody uses, in the order in which they came back. Nobody waits for ever: the thread that holds it
+// may have been left behind by a fork.
 struct IdleBlocks {
   static constexpr int kMost = 64;
-  std::mutex mutex;
+  std::timed_mutex mutex;
   Block blocks[kMost];
   int count = 0;
   std::size_t bytes = 0;
@@ -49,6 +50,8 @@ struct IdleBlocks {
   }
 } idle;
 
+constexpr std::chrono::milliseconds kPatience(100);  // others hold it for microseconds
+
 }  // namespace
 
 Block take_block(std::size_t bytes) {
@@ -58,7 +61,7 @@ Block take_block(std::size_t bytes) {
   while (unit * 16 <= bytes) unit *= 2;
   bytes = (bytes + unit - 1) / unit * unit;
   if (bytes > kSmallBytes && bytes <= kKept && idle.mutex.try_lock()) {
-    const std::lock_guard<std::mutex> lock(idle.mutex, std::adopt_lock);
+    const std::lock_guard<std::timed_mutex> lock(idle.mutex, std::adopt_lock);
     int best = -1;  // the smallest that is large enough and not much too large
     for (int i = idle.count - 1; i >= 0; --i)
       if (idle.blocks[i].bytes >= bytes && idle.blocks[i].bytes <= bytes + bytes / 4 &&
@@ -74,7 +77,7 @@ Block take_block(std::size_t bytes) {
 
 void give_block(Block block) {
   if (block.bytes > kSmallBytes && block.bytes <= kKept && idle.mutex.try_lock()) {
-    const std::lock_guard<std::mutex> lock(idle.mutex, std::adopt_lock);
+    const std::lock_guard<std::timed_mutex> lock(idle.mutex, std::adopt_lock);
     while (idle.count == IdleBlocks::kMost || idle.bytes + block.bytes > kKept) std::free(idle.remove(0).data);
     idle.blocks[idle.count++] = block;
     idle.bytes += block.bytes;
@@ -84,13 +87,13 @@ void give_block(Block block) {
 }
 
 std::size_t kept_bytes() {
-  const std::lock_guard<std::mutex> lock(idle.mutex);
-  return idle.bytes;
+  const std::unique_lock<std::timed_mutex> lock(idle.mutex, kPatience);
+  return lock ? idle.bytes : 0;
 }
 
 void release_kept_blocks() {
-  const std::lock_guard<std::mutex> lock(idle.mutex);
-  while (idle.count > 0) std::free(idle.remove(0).data);
+  const std::unique_lock<std::timed_mutex> lock(idle.mutex, kPatience);
+  while (lock && idle.count > 0) std::free(idle.remove(0).data);
 }
 
 }  // namespace fastseq::cpu

@@ -1,5 +1,6 @@
 // The memory that kernels work in, kept from call to call. A fresh page of 4 KiB costs up to a microsecond, and glibc
-// takes large memory fresh from the system at every call: a third of the time of a layer with a single row.
+// takes large memory fresh from the system at every call: a fifth to a third of the time of a GRU of 512 units with a
+// single row.
 #pragma once
 
 #include <cstddef>
