@@ -70,7 +70,6 @@ template <class T>
 struct RnnForward : RnnLayer<T> {
   const T* packed[2] = {nullptr, nullptr};  // the weights once more, from the kernel that packs them; or null
   T* output = nullptr;              // (N, D*Hout)
-  T* output_copy = nullptr;         // (N, D*Hout) the same for the caller to edit, where backward reads output; or null
   T* h_n = nullptr;                 // (D, B, Hout) or null
   T* c_n = nullptr;                 // (D, B, H) or null
   T* kept[2] = {nullptr, nullptr};  // (N, Cell::kept*H) activations for backward; null: keep nothing

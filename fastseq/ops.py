@@ -142,9 +142,10 @@ def _rnn_forward_fake(
     projected = len(weights) // groups == (5 if bias else 3)
     P = weights[1].shape[1]
     H = weights[len(weights) // groups - 1].shape[1] if projected else P
-    # Saved for each row, direction and layer: the output, what the cell keeps, and the output before a projection.
-    saved = P + _C.cells()[cell]["kept"] * H + (H if projected else 0)
-    reserve = x.new_empty(math.prod(x.shape[:-1]) * groups * saved if save else 0)
+    # Saved for each row and direction: what a layer's cell keeps, its output before a projection, and, of all layers
+    # but the last, the output.
+    saved = num_layers * (_C.cells()[cell]["kept"] * H + (H if projected else 0)) + (num_layers - 1) * P
+    reserve = x.new_empty(math.prod(x.shape[:-1]) * directions * saved if save else 0)
     nothing = x.new_empty(0)
     has_cell_state = _C.cells()[cell]["states"] == 2
 
@@ -178,6 +179,7 @@ def _rnn_backward_fake(
     num_layers: int,
     bidirectional: bool,
     bias: bool,
+    output: Tensor,
     reserve: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor]:
@@ -270,7 +272,7 @@ def _rnn_double_backward_fake(*args: Any) -> list[Tensor]:
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    d_output, d_h_n, d_c_n, cell, x, hx, cx, weights, masks, lengths, batch_sizes, *options, _, needs = inputs
+    d_output, d_h_n, d_c_n, cell, x, hx, cx, weights, masks, lengths, batch_sizes, *options, _, _, needs = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(d_output, d_h_n, d_c_n, x, hx, cx, lengths, batch_sizes, *weights, *masks)
     ctx.cell, ctx.options, ctx.needs, ctx.weight_count = cell, options, needs, len(weights)
@@ -301,8 +303,9 @@ def _differentiate_rnn_backward(ctx: Any, dd: list[Tensor | None]) -> tuple[Any,
     )
     remaining = iter(found)
     places = [next(remaining) if want else None for want in wanted]
-    # One entry for each argument of rnn_backward: the reserve, which those arguments determine, gets None.
-    return (*places[:3], None, *places[3:6], places[6:], [None] * len(masks), *[None] * 7)
+    # One entry for each argument of rnn_backward: the output and the reserve, which those arguments determine,
+    # get None.
+    return (*places[:3], None, *places[3:6], places[6:], [None] * len(masks), *[None] * 8)
 
 
 torch.library.register_autograd(

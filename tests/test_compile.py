@@ -82,7 +82,9 @@ def test_opcheck_of_backward(case, everything):
     operator = torch.ops.fastseq.rnn_backward.default
     for leaves in (problem, problem.leaves()):
         some = [g if g is None else g.clone().requires_grad_(leaves is not problem) for g in gradients]
-        torch.library.opcheck(operator, (*some, *leaves.arguments, *masks_and_more, *options, reserve, needs))
+        torch.library.opcheck(
+            operator, (*some, *leaves.arguments, *masks_and_more, *options, outputs[0], reserve, needs)
+        )
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------------------

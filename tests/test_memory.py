@@ -64,3 +64,39 @@ def test_tensors_in_kept_memory_are_like_others(tmp_path):
         assert torch.equal(more[: want.numel()].view_as(want), want)
         more.share_memory_()
         assert torch.equal(more[: want.numel()].view_as(want), want)
+
+
+EDITS = {
+    "in place": lambda y: y.mul_(2),
+    "a view": lambda y: y[3:5].zero_(),
+    "numpy": lambda y: y.numpy().fill(3),
+    "data": lambda y: y.data.mul_(2),
+    "dlpack": lambda y: torch.utils.dlpack.from_dlpack(y.__dlpack__()).zero_(),
+    "storage": lambda y: y.untyped_storage().fill_(1),
+    "share_memory": lambda y: y.share_memory_().zero_(),
+    "out": lambda y: torch.zeros(y.shape, out=y),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("hidden_size", [8, 250])  # copied at once; shared until it is written to
+def test_however_an_output_is_edited_backward_does_not_see_it(name, hidden_size, edit):
+    layer = getattr(fastseq, name)(8, hidden_size, num_layers=2, bidirectional=True)
+    x, d = torch.randn(60, 16, 8, requires_grad=True), torch.randn(60, 16, 2 * hidden_size)
+    wanted = [x, *layer.parameters()]
+    want = torch.autograd.grad(layer(x)[0], wanted, d)
+    output = layer(x)[0]
+    before = output.detach().clone()
+    edit(output.detach())
+    assert not torch.equal(output, before)
+    for a, b in zip(torch.autograd.grad(output, wanted, d), want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_output_of_a_training_step_takes_its_memory_once():
+    layer, x = fastseq.RNN(8, 256), torch.randn(200, 32, 8, requires_grad=True)
+    output = layer(x)[0]
+    assert torch._C._is_cow_tensor(output)
+    output.square().sum().backward()  # reading does not copy
+    assert torch._C._is_cow_tensor(output)

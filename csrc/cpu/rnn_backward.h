@@ -322,7 +322,7 @@ void rnn_backward(const RnnBackward<T>& p) {
   BackwardDirection<Cell, T> directions[2];
   const int64_t T_ = p.schedule.steps;
   const int64_t row_bytes = Cell::grads * p.hidden_size * sizeof(T);
-  const int64_t chunk = steps_per_chunk(p.schedule, row_bytes, kBackwardChunkBytes);
+  const int64_t chunk = steps_per_chunk(p.schedule, row_bytes, kBackwardChunkBytes, kBackwardChunkRows);
   for (int d = 0; d < p.directions; ++d) directions[d].prepare(p, d, chunk);
   if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
     const int64_t panels = directions[0].panels();

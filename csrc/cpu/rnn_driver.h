@@ -11,9 +11,10 @@ constexpr int64_t kNumbersToShare = 131072;   // numbers to add or multiply, lik
 // them at a step, rather than all of them for its rows.
 constexpr int64_t kWeightsToStream = 1 << 19;
 constexpr int64_t kRowsToShareUnits = 32;
-constexpr int64_t kChunkBytes = 8 << 20;           // gx computed ahead of the steps
-constexpr int64_t kBackwardChunkBytes = 16 << 20;  // dg kept for the weight gradients
-constexpr int64_t kChunkRows = 1024;               // at least: the GEMM packs its weights once a chunk
+constexpr int64_t kChunkBytes = 2 << 20;          // gx computed ahead of the steps
+constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
+constexpr int64_t kBackwardChunkBytes = 4 << 20;  // dg kept for the weight gradients
+constexpr int64_t kBackwardChunkRows = 1024;      // at least: their products pack what they multiply once a chunk
 
 // Between types, too: the one that is stored and the one that is computed in.
 template <class To, class From>
@@ -182,9 +183,10 @@ void run_plan(int threads, const Schedule& schedule, int directions, const Work&
 }
 
 // Steps whose GEMM runs together: enough rows for it to run at speed, few enough for the memory it may take.
-inline int64_t steps_per_chunk(const Schedule& schedule, int64_t bytes_per_row, int64_t target_bytes) {
+inline int64_t steps_per_chunk(const Schedule& schedule, int64_t bytes_per_row, int64_t target_bytes,
+                               int64_t least_rows) {
   int64_t rows = target_bytes / (bytes_per_row > 0 ? bytes_per_row : 1);
-  if (rows < kChunkRows) rows = kChunkRows;
+  if (rows < least_rows) rows = least_rows;
   const int64_t steps = rows / (schedule.batch > 0 ? schedule.batch : 1);
   return steps < 1 ? 1 : steps;
 }

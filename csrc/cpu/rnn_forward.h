@@ -70,7 +70,7 @@ class ForwardDirection {
     hidden_.prepare(w_.w_hh, hout_, H_, hout_, packed_, ready);
     if (!packed_) input_.prepare(w_.w_ih, p.input_size, H_, p.input_size, false);
     if (p.proj_size) projection_.prepare(w_.w_hr, H_, hout_, H_, packed_, ready ? ready + at.w_hr : nullptr);
-    ready_w_ih_ = ready ? ready + at.w_ih : nullptr;
+    panels_w_ih_ = ready ? ready + at.w_ih : nullptr;
     if (Cell::cell_state) {
       if constexpr (kSameType) c_ = p.c_n ? p.c_n + d_ * B * H_ : nullptr;
       if (!c_) c_ = c_memory_.allocate(B * H_);
@@ -93,8 +93,15 @@ class ForwardDirection {
   int64_t panels() const { return hidden_.panels() + projection_.panels(); }
   void pack(int64_t i) { i < hidden_.panels() ? hidden_.pack(i) : projection_.pack(i - hidden_.panels()); }
 
-  void reserve_gx(int64_t chunk_rows) {
-    if (!in_output() && !in_kept()) gx_.allocate(chunk_rows * Cell::gates * H_);
+  // gx comes in chunks, of so many rows at most.
+  void reserve_gx(int64_t chunk_rows, int64_t chunks) {
+    const int64_t GH = Cell::gates * H_, I = p_->input_size;
+    if (!in_output() && !in_kept()) gx_.allocate(chunk_rows * GH);
+    if (packed_ && chunks > 1 && !panels_w_ih_) {  // once for all chunks
+      T* const panels = w_ih_memory_.allocate(GemmPanels<T>(GH, I).numbers());
+      gemm_pack(p_->threads, GH, I, columns_of(w_.w_ih, I), panels);
+      panels_w_ih_ = panels;
+    }
   }
   // gx of steps [s0, s1), without the bias.
   void project_input(int64_t s0, int64_t s1) {
@@ -107,7 +114,7 @@ class ForwardDirection {
     if (!packed_) return;  // run() does it
     const int64_t I = p_->input_size;
     gemm(p_->threads, rows.end - rows.begin, Cell::gates * H_, I, rows_of(p_->x + rows.begin * I, I),
-         columns_of(w_.w_ih, I), false, gx_rows_ + rows.begin * gx_ld_, gx_ld_, ready_w_ih_);
+         columns_of(w_.w_ih, I), false, gx_rows_ + rows.begin * gx_ld_, gx_ld_, panels_w_ih_);
   }
 
   // Steps [s0, s1) of some rows, this member's share of their units.
@@ -231,13 +238,8 @@ class ForwardDirection {
     if (p_->proj_size) {
       now.store(emitted_row(n, r) + j, valid);
     } else {
-      store_output(n, j, valid, now);
+      now.store(output_row(n) + j, valid);
     }
-  }
-
-  FASTSEQ_INLINE void store_output(int64_t n, int64_t j, int64_t valid, V h) {
-    h.store(output_row(n) + j, valid);
-    if (p_->output_copy) h.store(p_->output_copy + n * ldo_ + d_ * hout_ + j, valid);
   }
 
   // h = W_hr m, for the rows of one step (Sak et al., 2014).
@@ -252,7 +254,7 @@ class ForwardDirection {
               for (int u = 0; u < Projection::unit_vectors; ++u) {
                 const int64_t j = block * Projection::units + u * V::size;
                 if (j >= hout_) break;
-                store_output(n0 + r0 + i, j, hout_ - j, V::load(sums + i * ld_sums + u * V::size));
+                V::load(sums + i * ld_sums + u * V::size).store(output_row(n0 + r0 + i) + j, hout_ - j);
               }
           });
     }
@@ -266,9 +268,9 @@ class ForwardDirection {
   bool packed_ = false;
   typename PackedDirection<Cell, T>::Hidden hidden_, input_;
   typename PackedDirection<Cell, T>::Projection projection_;
-  Workspace<T> zeros_, emitted_;
+  Workspace<T> zeros_, emitted_, w_ih_memory_;
   Workspace<A> c_memory_, gx_;
-  const T *b_ih_ = nullptr, *b_hh_ = nullptr, *h0_ = nullptr, *ready_w_ih_ = nullptr;
+  const T *b_ih_ = nullptr, *b_hh_ = nullptr, *h0_ = nullptr, *panels_w_ih_ = nullptr;
   T* kept_ = nullptr;
   A *gx_rows_ = nullptr, *c_ = nullptr;
 };
@@ -282,8 +284,10 @@ void rnn_forward(const RnnForward<T>& p) {
     const int64_t panels = directions[0].panels();
     parallel_for(p.threads, panels * p.directions, [&](int64_t i) { directions[i / panels].pack(i % panels); });
 
-    const int64_t chunk = steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(Compute<T>), kChunkBytes);
-    for (int d = 0; d < p.directions; ++d) directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch);
+    const int64_t chunk =
+        steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(Compute<T>), kChunkBytes, kChunkRows);
+    for (int d = 0; d < p.directions; ++d)
+      directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch, (T_ + chunk - 1) / chunk);
     const Work work{directions[0].weights(), directions[0].blocks(), !directions[0].packed()};
     for (int64_t s0 = 0; s0 < T_; s0 += chunk) {
       const int64_t s1 = s0 + chunk < T_ ? s0 + chunk : T_;

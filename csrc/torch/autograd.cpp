@@ -3,6 +3,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "memory.h"
 #include "rnn.h"
 
 namespace fastseq {
@@ -43,13 +44,10 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
                                int64_t num_layers, bool bidirectional, bool bias) {
     auto [output, h_n, c_n, reserve] =
         redispatch(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers, bidirectional, bias, true);
-    variable_list saved = {
-        x,
-        hx.value_or(at::Tensor()),
-        cx.value_or(at::Tensor()),
-        lengths.value_or(at::Tensor()),
-        batch_sizes.value_or(at::Tensor()),
-        reserve};
+    variable_list saved = {x, hx.value_or(at::Tensor()), cx.value_or(at::Tensor()), lengths.value_or(at::Tensor()),
+                           batch_sizes.value_or(at::Tensor()),
+                           // The caller may edit his output in place.
+                           copy_on_write(output), reserve};
     saved.insert(saved.end(), weights.begin(), weights.end());
     saved.insert(saved.end(), masks.begin(), masks.end());
     ctx->save_for_backward(saved);
@@ -72,7 +70,7 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &x = saved[0], &hx = saved[1], &cx = saved[2];
     const auto num_masks = static_cast<size_t>(ctx->saved_data["num_masks"].toInt());
-    const variable_list weights(saved.begin() + 6, saved.end() - num_masks);
+    const variable_list weights(saved.begin() + 7, saved.end() - num_masks);
     const variable_list masks(saved.end() - num_masks, saved.end());
 
     // Edges count the tensors that were given, in the order of the arguments.
@@ -91,7 +89,7 @@ struct RnnFunction : torch::autograd::Function<RnnFunction> {
         optional(grads[0]), optional(grads[1]), optional(grads[2]), ctx->saved_data["cell"].toStringRef(), x,
         optional(hx), optional(cx), weights, masks, optional(saved[3]), optional(saved[4]),
         ctx->saved_data["num_layers"].toInt(), ctx->saved_data["bidirectional"].toBool(),
-        ctx->saved_data["bias"].toBool(), saved[5], needs);
+        ctx->saved_data["bias"].toBool(), saved[5], saved[6], needs);
 
     // One place for each argument of forward, the lists spread out: cell, x, hx, cx, weights, masks, five more.
     auto next = found.begin();

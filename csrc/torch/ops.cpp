@@ -11,7 +11,7 @@ TORCH_LIBRARY(fastseq, m) {
   m.def(
       "rnn_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, str cell, Tensor x, Tensor? hx, Tensor? cx, "
       "Tensor[] weights, Tensor[] dropout_masks, Tensor? lengths, Tensor? batch_sizes, int num_layers, "
-      "bool bidirectional, bool bias, Tensor reserve, bool[] needs) -> Tensor[]");
+      "bool bidirectional, bool bias, Tensor output, Tensor reserve, bool[] needs) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(fastseq, CPU, m) {

@@ -107,36 +107,37 @@ RnnOutputs forward(const RnnArguments& a, const RnnStack& stack, bool save, cons
   if (!stack.single_step) h_n = empty(stack.state_sizes(stack.out_size), a.x);
   if (stack.facts.cell_state) c_n = empty(stack.state_sizes(stack.hidden_size), a.x);
 
-  // The reserve keeps an output of its own, so that editing the caller's in place does not disturb backward.
   const at::DimVector sizes = stack.output_sizes(a.x);
-  const bool copies = save && !stack.rows.defined();
-  at::Tensor layer_input = in.x, layer_output, output = copies ? empty(sizes, a.x) : at::Tensor();
+  at::Tensor layer_input = in.x, layer_output;
   for (int64_t layer = 0; layer < L; ++layer) {
     RnnForward<T> p;
     fill_layer(p, stack, in, layer, layer_input);
     const bool masked = layer < static_cast<int64_t>(in.masks.size());
     if (save) {
       const RnnStack::LayerReserve at = stack.layer_reserve(layer);
-      layer_output = reserve.narrow(0, at.output, N * D * stack.out_size).view({N, D * stack.out_size});
+      if (layer < L - 1)
+        layer_output = reserve.narrow(0, at.output, N * D * stack.out_size).view({N, D * stack.out_size});
       T* base = mutable_pointer<T>(reserve);
       for (int64_t d = 0; d < D; ++d) {
         p.kept[d] = base + at.kept[d];
         if (stack.projected) p.emitted[d] = base + at.emitted[d];
       }
-    } else if (masked || stack.rows.defined()) {
-      layer_output = empty({N, D * stack.out_size}, a.x);
-    } else {
-      layer_output = empty(sizes, a.x);
+    }
+    if (!save || layer == L - 1) {
+      if (masked || stack.rows.defined()) {
+        layer_output = empty({N, D * stack.out_size}, a.x);
+      } else {
+        layer_output = empty(sizes, a.x);
+      }
     }
     for (int64_t d = 0; prepacked && d < D; ++d) p.packed[d] = static_cast<const T*>(prepacked->direction(layer, d));
     p.output = mutable_pointer<T>(layer_output);
-    if (copies && layer == L - 1) p.output_copy = mutable_pointer<T>(output);
     if (!stack.single_step) p.h_n = layer_state(mutable_pointer<T>(h_n), stack, layer, stack.out_size);
     if (stack.facts.cell_state) p.c_n = layer_state(mutable_pointer<T>(c_n), stack, layer, stack.hidden_size);
     cpu::kernels().typed<T>().rnn_forward[static_cast<int>(stack.cell)](p);
     layer_input = masked ? layer_output * in.masks[layer] : layer_output;
   }
-  if (!copies) output = stack.from_rows(layer_output, sizes);
+  at::Tensor output = stack.from_rows(layer_output, sizes);
   if (stack.order.defined()) {
     h_n = stack.from_order(h_n);
     if (stack.facts.cell_state) c_n = stack.from_order(c_n);
@@ -163,8 +164,8 @@ std::vector<at::Tensor> pack(const RnnArguments& a, const RnnStack& stack) {
 
 template <class T>
 std::vector<at::Tensor> backward(const RnnArguments& a, const RnnStack& stack, const OptionalTensor& d_output,
-                                 const OptionalTensor& d_h_n, const OptionalTensor& d_c_n, const at::Tensor& reserve,
-                                 const std::vector<bool>& needs) {
+                                 const OptionalTensor& d_h_n, const OptionalTensor& d_c_n, const at::Tensor& output,
+                                 const at::Tensor& reserve, const std::vector<bool>& needs) {
   const Inputs in(stack, a);
   const auto options = a.x.options();
   const int64_t N = stack.total_rows(), L = stack.layers, D = stack.directions;
@@ -188,6 +189,7 @@ std::vector<at::Tensor> backward(const RnnArguments& a, const RnnStack& stack, c
 
   const at::Tensor d_h = d_h_n && !stack.single_step ? stack.to_order(*d_h_n) : at::Tensor();
   const at::Tensor d_c = d_c_n && stack.facts.cell_state ? stack.to_order(*d_c_n) : at::Tensor();
+  const at::Tensor last_output = stack.to_rows(output);
   at::Tensor d_layer_output = d_output ? stack.to_rows(*d_output) : at::Tensor(), dx;
   for (int64_t layer = L - 1; layer >= lowest; --layer) {
     const RnnStack::LayerReserve at = stack.layer_reserve(layer);
@@ -200,7 +202,7 @@ std::vector<at::Tensor> backward(const RnnArguments& a, const RnnStack& stack, c
     }
     RnnBackward<T> p;
     fill_layer(p, stack, in, layer, layer_input);
-    p.output = base + at.output;
+    p.output = layer == L - 1 ? pointer<T>(last_output) : base + at.output;
     for (int64_t d = 0; d < D; ++d) {
       p.kept[d] = base + at.kept[d];
       if (stack.projected) p.emitted[d] = base + at.emitted[d];
@@ -277,7 +279,7 @@ std::vector<at::Tensor> rnn_backward_cpu(
     const OptionalTensor& d_output, const OptionalTensor& d_h_n, const OptionalTensor& d_c_n, std::string cell,
     const at::Tensor& x, const OptionalTensor& hx, const OptionalTensor& cx, at::TensorList weights,
     at::TensorList dropout_masks, const OptionalTensor& lengths, const OptionalTensor& batch_sizes, int64_t num_layers,
-    bool bidirectional, bool bias, const at::Tensor& reserve, c10::List<bool> needs_list) {
+    bool bidirectional, bool bias, const at::Tensor& output, const at::Tensor& reserve, c10::List<bool> needs_list) {
   one_thread_in_a_forked_child();
   const RnnArguments a{cell, x, hx, cx, weights, dropout_masks, lengths, batch_sizes, num_layers, bidirectional, bias};
   const RnnStack stack(a);
@@ -289,12 +291,15 @@ std::vector<at::Tensor> rnn_backward_cpu(
       reserve.is_contiguous() && reserve.numel() == stack.reserve_numel() && reserve.scalar_type() == x.scalar_type(),
       "reserve must be what rnn_forward returned for these arguments with save=True, ", stack.reserve_numel(),
       " numbers; got ", reserve.numel());
+  TORCH_CHECK(output.sizes() == stack.output_sizes(x) && output.scalar_type() == x.scalar_type(),
+              "output must be what rnn_forward returned for these arguments, ", stack.output_sizes(x), " ",
+              x.scalar_type(), "; got ", output.sizes(), " ", output.scalar_type());
   check_gradient("d_output", d_output, stack.output_sizes(x), x);
   if (!stack.single_step) check_gradient("d_h_n", d_h_n, stack.state_sizes(stack.out_size), x);
   if (stack.facts.cell_state) check_gradient("d_c_n", d_c_n, stack.state_sizes(stack.hidden_size), x);
   return with_type(x.scalar_type(), [&](auto zero) {
     count_call<decltype(zero)>(Counted::rnn_backward, stack.cell);
-    return backward<decltype(zero)>(a, stack, d_output, d_h_n, d_c_n, reserve, needs);
+    return backward<decltype(zero)>(a, stack, d_output, d_h_n, d_c_n, output, reserve, needs);
   });
 }
 

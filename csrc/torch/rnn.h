@@ -22,7 +22,7 @@ using RnnForwardSignature = RnnOutputs(std::string, const at::Tensor&, const Opt
 using RnnBackwardSignature = std::vector<at::Tensor>(
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, std::string, const at::Tensor&,
     const OptionalTensor&, const OptionalTensor&, at::TensorList, at::TensorList, const OptionalTensor&,
-    const OptionalTensor&, int64_t, bool, bool, const at::Tensor&, c10::List<bool>);
+    const OptionalTensor&, int64_t, bool, bool, const at::Tensor&, const at::Tensor&, c10::List<bool>);
 
 RnnForwardSignature rnn_forward_cpu;
 RnnBackwardSignature rnn_backward_cpu;

@@ -200,18 +200,19 @@ at::DimVector RnnStack::state_sizes(int64_t state_size) const {
   return {layers * directions, batch, state_size};
 }
 
-int64_t RnnStack::reserve_numel() const { return layer_reserve(layers).output; }
+int64_t RnnStack::reserve_numel() const { return layer_reserve(layers - 1).output; }
 
 RnnStack::LayerReserve RnnStack::layer_reserve(int64_t layer) const {
   const int64_t output = checked_product({padded_rows, directions, out_size});
   const int64_t kept = checked_product({padded_rows, facts.kept, hidden_size});
   const int64_t emitted = projected ? padded_rows * hidden_size : 0;
   LayerReserve at{};
-  at.output = checked_product({layer, output + directions * (kept + emitted)});
+  const int64_t begin = checked_product({layer, output + directions * (kept + emitted)});
   for (int d = 0; d < 2; ++d) {
-    at.kept[d] = at.output + output + d * (kept + emitted);
+    at.kept[d] = begin + d * (kept + emitted);
     at.emitted[d] = at.kept[d] + kept;
   }
+  at.output = begin + directions * (kept + emitted);
   return at;
 }
 

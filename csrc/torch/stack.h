@@ -54,11 +54,11 @@ class FASTSEQ_API RnnStack {
   at::DimVector output_sizes(const at::Tensor& x) const;
   at::DimVector state_sizes(int64_t state_size) const;  // of hx, cx
 
-  // The reserve: for each layer its output (N, D*Hout), then a direction's kept planes (N, kept*H) and, with a
-  // projection, its emitted h (N, H). Sized for the padded rows.
+  // The reserve: for each layer a direction's kept planes (N, kept*H) and, with a projection, its emitted h (N, H),
+  // then, for all but the last, which the caller has, its output (N, D*Hout). Sized for the padded rows.
   int64_t reserve_numel() const;
   struct LayerReserve {
-    int64_t output, kept[2], emitted[2];  // offsets
+    int64_t kept[2], emitted[2], output;  // offsets
   };
   LayerReserve layer_reserve(int64_t layer) const;
 

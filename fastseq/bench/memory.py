@@ -45,10 +45,11 @@ def _status(field: str) -> int:
 
 
 def formula(point: Point) -> int:
-    """Bytes of what ours keeps for backward, the reserve: each layer's output and, for each direction, its planes.
+    """Bytes of what ours keeps for backward: each layer's output, the last one's too, and a direction's planes.
 
-    4 L N D (H + kept H) with N = T B; kept is the number of planes, `_C.cells()[cell]["kept"]`. In inference nothing is
-    kept, and this is zero: what is measured there is the output, 4 N D H, and one chunk.
+    4 L N D (H + kept H) with N = T B, of which 4 N D H are the caller's as well; kept is the number of planes,
+    `_C.cells()[cell]["kept"]`. In inference nothing is kept, and this is zero: what is measured there is the output,
+    4 N D H, one chunk and the packed weights.
     """
     if point.mode == "inference":
         return 0

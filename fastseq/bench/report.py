@@ -190,7 +190,7 @@ def memory_table(document: Document) -> Table:
             marked.add(len(lines))
         reserve = f"{found['formula'] / 2**20:.1f}" if found["formula"] else "–"
         lines.append([key, f"{ours / 2**20:.1f}", f"{theirs / 2**20:.1f}", reserve])
-    columns = ["row", "fastseq, MiB", "torch.nn, MiB", "our reserve by its formula"]
+    columns = ["row", "fastseq, MiB", "torch.nn, MiB", "kept for backward, by formula"]
     note = "Resident memory at the peak of one call beyond that before it, output and gradients included."
     return Table("Memory", columns, lines, marked, note)
 
