@@ -14,7 +14,7 @@ constexpr int64_t kRowsToShareUnits = 32;
 constexpr int64_t kChunkBytes = 2 << 20;          // gx computed ahead of the steps
 constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
 constexpr int64_t kBackwardChunkBytes = 4 << 20;  // dg kept for the weight gradients
-constexpr int64_t kBackwardChunkRows = 1024;      // at least: their products pack what they multiply once a chunk
+constexpr int64_t kBackwardChunkRows = 2048;      // at least: their products pack what they multiply once a chunk
 
 // Between types, too: the one that is stored and the one that is computed in.
 template <class To, class From>
