@@ -69,11 +69,11 @@ struct RnnLayer {
 template <class T>
 struct RnnForward : RnnLayer<T> {
   const T* packed[2] = {nullptr, nullptr};  // the weights once more, from the kernel that packs them; or null
-  T* output = nullptr;              // (N, D*Hout)
-  T* h_n = nullptr;                 // (D, B, Hout) or null
-  T* c_n = nullptr;                 // (D, B, H) or null
-  T* kept[2] = {nullptr, nullptr};  // (N, Cell::kept*H) activations for backward; null: keep nothing
-  T* emitted[2] = {nullptr, nullptr};  // (N, H) h before the projection, for backward; null: keep nothing
+  T* output = nullptr;                      // (N, D*Hout)
+  T* h_n = nullptr;                         // (D, B, Hout) or null
+  T* c_n = nullptr;                         // (D, B, H) or null
+  T* kept[2] = {nullptr, nullptr};          // (N, Cell::kept*H) activations for backward; null: keep nothing
+  T* emitted[2] = {nullptr, nullptr};       // (N, H) h before the projection, for backward; null: keep nothing
 };
 
 template <class T>

@@ -1,7 +1,8 @@
-"""C++-accelerated recurrent layers for PyTorch, in the place of those of torch.nn."""
+"""C++-accelerated recurrent layers and attention for PyTorch, in the place of those of torch.nn."""
 
 from fastseq._load import _C  # isort: skip  (first: it says in one sentence what is missing)
 from fastseq import ops, reference
+from fastseq.attention import scaled_dot_product_attention
 from fastseq.convert import ConversionReport, convert, to_torch
 from fastseq.explain import Explanation, explain
 from fastseq.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -28,5 +29,6 @@ __all__ = [
     "explain",
     "ops",
     "reference",
+    "scaled_dot_product_attention",
     "to_torch",
 ]

@@ -293,3 +293,51 @@ def _alive(lengths: Tensor, x: Tensor) -> Tensor:
         got = f"{tuple(lengths.shape)}: {lengths.tolist()}"
         raise RuntimeError(f"lengths must be ({B},) with values in 0..{T}; got {got}")
     return (torch.arange(T).unsqueeze(1) < lengths).unsqueeze(-1).to(x.device)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float,
+    low: int | None = None,
+    high: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale · Q Kᵀ + mask) V.  Vaswani et al., "Attention is all you need", 2017.
+
+    Args:
+        query (B, N, L, D), key (B, N_kv, S, D), value (B, N_kv, S, Dv), N a multiple of N_kv: head n of queries reads
+            head n·N_kv/N of keys and values (Ainslie et al., "GQA", 2023).
+        attn_mask: broadcastable to (B, N, L, S): bool, False where a query does not see a key; or added to the scores.
+        low, high: query i sees key j where low ≤ j - i ≤ high; None: that side is open.
+
+    Returns:
+        out (B, N, L, Dv); lse (B, N, L), the log of the sum of the exponentials of a row's scores. A query that sees no
+        key has zeros, with zero gradients, and an lse of -inf.
+    """
+    L, S, group = query.shape[-2], key.shape[-2], query.shape[1] // max(key.shape[1], 1)
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = scale * (query @ key.transpose(-2, -1))
+    distance = torch.arange(S, device=query.device) - torch.arange(L, device=query.device)[:, None]
+    hidden = torch.zeros(L, S, dtype=torch.bool, device=query.device)
+    if low is not None:
+        hidden = hidden | (distance < low)
+    if high is not None:
+        hidden = hidden | (distance > high)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = hidden | ~attn_mask
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+        hidden = hidden | (attn_mask == -torch.inf)  # whose difference from a largest score of -inf would be NaN
+    scores = scores.masked_fill(hidden, -torch.inf)
+    nothing = hidden.expand(scores.shape).all(-1, keepdim=True)
+    scores = scores.masked_fill(nothing, 0)
+    p = torch.softmax(scores, -1).masked_fill(nothing, 0)
+    lse = (
+        torch.logsumexp(scores, -1).masked_fill(nothing[..., 0], -torch.inf)
+        if S
+        else scores.new_full(scores.shape[:-1], -torch.inf)
+    )
+    return p @ value, lse

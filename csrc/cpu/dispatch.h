@@ -4,12 +4,25 @@
 #include <string>
 #include <vector>
 
+#include "../attention_params.h"
 #include "../cell_list.h"
 #include "../params.h"
 
 namespace fastseq::cpu {
 
 constexpr int kCells = static_cast<int>(CellKind::count);
+
+// What kernels compute in, and give sums in, for numbers that are stored as T.
+template <class T>
+struct ComputedIn {
+  using type = T;
+};
+template <>
+struct ComputedIn<bfloat16> {
+  using type = float;
+};
+template <class T>
+using Computed = typename ComputedIn<T>::type;
 
 template <class T>
 struct TypedKernels {
@@ -19,6 +32,9 @@ struct TypedKernels {
   // that is aligned to cache lines. Of the layer, sizes, weights and threads matter alone.
   int64_t (*rnn_packed_numbers[kCells])(const RnnLayer<T>&);
   void (*rnn_pack[kCells])(const RnnLayer<T>&, int direction, T* to);
+  void (*attention_forward)(const AttentionForward<T, Computed<T>>&);
+  void (*attention_backward)(const AttentionBackward<T, Computed<T>>&);
+  void (*attention_mask_backward)(const AttentionMaskBackward<T, Computed<T>>&);
 };
 
 // Parts of the kernels, for tests and the benchmark.

@@ -43,6 +43,9 @@ namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
 #include "rnn_driver.h"
 #include "rnn_forward.h"
 #include "rnn_backward.h"
+#include "attention_driver.h"
+#include "attention_forward.h"
+#include "attention_backward.h"
 #include "probe.h"
 
 template <class T, Vec<T> (*F)(Vec<T>)>
@@ -65,6 +68,9 @@ constexpr TypedKernels<T> typed_kernels() {
 #define X(name, type) rnn_pack<type, T>,
       {FASTSEQ_FOR_EACH_CELL(X)},
 #undef X
+      attention_forward<T>,
+      attention_backward<T>,
+      attention_mask_backward<T>,
   };
 }
 template <class T>

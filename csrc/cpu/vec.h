@@ -27,17 +27,8 @@ struct VecTraits<double> {
   typedef int64_t bit;
 };
 
-// What a kernel computes in for numbers that are stored as T.
 template <class T>
-struct ComputeType {
-  using type = T;
-};
-template <>
-struct ComputeType<bfloat16> {
-  using type = float;
-};
-template <class T>
-using Compute = typename ComputeType<T>::type;
+using Compute = Computed<T>;
 
 FASTSEQ_INLINE float to_compute(bfloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;

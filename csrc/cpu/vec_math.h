@@ -48,6 +48,22 @@ FASTSEQ_INLINE Vec<double> exp_tail(Vec<double> r) {  // Taylor: the first term 
   return fma(q, r, V(0.5));
 }
 
+// 2^r for |r| <= 1/2.
+FASTSEQ_INLINE Vec<float> exp2_fraction(Vec<float> r) {  // interpolates at the zeros of a Chebyshev polynomial: 2.5e-9
+  using V = Vec<float>;
+  V q = fma(V(1.5461444574e-4f), r, V(1.3400428178e-3f));
+  q = fma(q, r, V(9.6180566790e-3f));
+  q = fma(q, r, V(5.5503272267e-2f));
+  q = fma(q, r, V(2.4022650922e-1f));
+  q = fma(q, r, V(6.9314720670e-1f));
+  return fma(q, r, V(1));
+}
+FASTSEQ_INLINE Vec<double> exp2_fraction(Vec<double> r) {
+  using V = Vec<double>;
+  r = r * V(6.93147180559945309417e-01);
+  return V(1) + fma(r * r, exp_tail(r), r);
+}
+
 // 2^n for integers n in the exponent's range.
 template <class T>
 FASTSEQ_INLINE Vec<T> power_of_two(typename Vec<T>::Bits n) {
@@ -83,6 +99,18 @@ FASTSEQ_INLINE Vec<T> exp(Vec<T> x) {
   // In two factors: 2^n alone leaves the range before the product does, at both ends.
   const typename V::Bits half = e.n >> 1;
   return (V(1) + e.expm1_r) * power_of_two<T>(half) * power_of_two<T>(e.n - half);
+}
+
+// 2^x for x up to 1, as a softmax has it, whose largest is 0: what would be no normal number is 0. NaN stays NaN.
+template <class T>
+FASTSEQ_INLINE Vec<T> exp2_of_score(Vec<T> x) {
+  using V = Vec<T>;
+  using C = ExpConstants<T>;
+  const V shifted = x + V(C::round);
+  const V n = shifted - V(C::round);
+  const typename V::Bits exponent = (typename V::Bits)shifted.v - ((typename V::Bits)V(C::round).v - C::bias);
+  const V result = exp2_fraction(x - n) * V((typename V::Native)(exponent << C::mantissa));
+  return x.v < V(T(1 - C::bias)).v ? V(0).v : result.v;
 }
 
 template <class T>

@@ -1,7 +1,6 @@
 // Autograd of rnn_forward, in C++ since a Python callback costs more than a small step does. rnn_backward is an
 // operator of its own; its derivative (double backward) is registered in fastseq/ops.py by the reference.
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+#include "autograd.h"
 
 #include "memory.h"
 #include "rnn.h"
@@ -10,29 +9,12 @@ namespace fastseq {
 
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-
-template <class Signature>
-auto find_operator(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 RnnOutputs redispatch(const std::string& cell, const at::Tensor& x, const OptionalTensor& hx, const OptionalTensor& cx,
                       at::TensorList weights, at::TensorList masks, const OptionalTensor& lengths,
                       const OptionalTensor& batch_sizes, int64_t num_layers, bool bidirectional, bool bias, bool save) {
   static const auto op = find_operator<RnnForwardSignature>("fastseq::rnn_forward");
   at::AutoDispatchBelowADInplaceOrView below;
   return op.call(cell, x, hx, cx, weights, masks, lengths, batch_sizes, num_layers, bidirectional, bias, save);
-}
-
-OptionalTensor optional(const at::Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
-// Forward-mode AD finds no rule here, and would take the derivative to be zero without a word.
-void check_no_tangent(const at::Tensor& t) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!t._fw_grad(0).defined(),
-                              "fastseq's operators have no forward-mode derivative, and a tensor of this call has a "
-                              "tangent: call fastseq.ops.rnn inside the transform, which has one");
 }
 
 struct RnnFunction : torch::autograd::Function<RnnFunction> {

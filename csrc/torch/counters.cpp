@@ -8,7 +8,8 @@ namespace fastseq {
 
 namespace {
 
-constexpr const char* kNames[] = {"rnn_forward", "rnn_backward"};
+constexpr const char* kNames[] = {
+    "rnn_forward", "rnn_backward", "attention_forward", "attention_backward", "attention_mask_backward"};
 constexpr const char* kTypes[] = {"float32", "float64", "bfloat16"};
 constexpr int kTypeCount = sizeof(kTypes) / sizeof(kTypes[0]);
 std::atomic<int64_t> calls[static_cast<int>(Counted::count)][cpu::kCells][kTypeCount];
@@ -42,7 +43,9 @@ void count_call<bfloat16>(Counted kernel, CellKind cell) {
 std::map<std::string, int64_t> counters() {
   std::map<std::string, int64_t> out;
   for_each([&](int kernel, int cell, int type, std::atomic<int64_t>& n) {
-    if (n > 0) out[std::string(kNames[kernel]) + "/" + cpu::kernels().cells[cell].name + "/" + kTypes[type]] = n;
+    const bool has_cells = kernel < static_cast<int>(Counted::attention_forward);
+    const std::string name = has_cells ? std::string("/") + cpu::kernels().cells[cell].name : "";
+    if (n > 0) out[kNames[kernel] + name + "/" + kTypes[type]] = n;
   });
   return out;
 }

@@ -1,6 +1,7 @@
 // The operators' schemas and registrations.
 #include <torch/library.h>
 
+#include "attention.h"
 #include "rnn.h"
 
 TORCH_LIBRARY(fastseq, m) {
@@ -12,11 +13,22 @@ TORCH_LIBRARY(fastseq, m) {
       "rnn_backward(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, str cell, Tensor x, Tensor? hx, Tensor? cx, "
       "Tensor[] weights, Tensor[] dropout_masks, Tensor? lengths, Tensor? batch_sizes, int num_layers, "
       "bool bidirectional, bool bias, Tensor output, Tensor reserve, bool[] needs) -> Tensor[]");
+  m.def(
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float scale, SymInt? low, "
+      "SymInt? high) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor? d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
+      "float scale, SymInt? low, SymInt? high, Tensor out, Tensor lse, bool[] needs) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
   m.impl("rnn_forward", fastseq::rnn_forward_cpu);
   m.impl("rnn_backward", fastseq::rnn_backward_cpu);
+  m.impl("attention_forward", fastseq::attention_forward_cpu);
+  m.impl("attention_backward", fastseq::attention_backward_cpu);
 }
 
-TORCH_LIBRARY_IMPL(fastseq, Autograd, m) { m.impl("rnn_forward", fastseq::rnn_forward_autograd); }
+TORCH_LIBRARY_IMPL(fastseq, Autograd, m) {
+  m.impl("rnn_forward", fastseq::rnn_forward_autograd);
+  m.impl("attention_forward", fastseq::attention_forward_autograd);
+}

@@ -1,0 +1,300 @@
+// Attention, backward: the probabilities once more from the log of each row's sum (Dao et al., "FlashAttention", 2022),
+//
+//   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P o (dP - delta),  delta = rows of dO o O, less dlse
+//   dQ = scale dS K,   dK = scale dS^T Q,  dmask = dS
+//
+// A block of keys stays with its K and V, and their gradients, while the queries that see it go by. Nobody else adds
+// to them. dQ is added up in the order of the blocks; where the keys of a head are shared among threads, in sums of
+// each part, which are added in order at the end, and the parts depend on the sizes alone: so do the bits.
+#pragma once
+
+constexpr int64_t kGradientQueries = 48;
+constexpr int64_t kGradientKeys = 256;
+static_assert(kGradientQueries % kTileRows == 0, "blocks have whole tiles");
+
+// P and dS of one block of queries and keys.
+template <class T>
+class ScoreGradients {
+ public:
+  using A = Compute<T>;
+  using V = Vec<A>;
+  using Shape = PanelShape<A, 1>;
+
+  // factor: what dS is multiplied with.
+  ScoreGradients(const AttentionBackward<T, A>& p, double factor)
+      : p_(&p), visible_{&p.band, p.keys}, factor_(static_cast<A>(factor)) {
+    const int64_t panels = Shape::blocks(kGradientKeys);
+    ld_ = score_stride<A>(kGradientKeys);
+    k_panels_.allocate(panels * Shape::panel_numbers(p.size));
+    v_panels_.allocate(panels * Shape::panel_numbers(p.value_size));
+    probabilities_.allocate(kGradientQueries * ld_), gradients_.allocate(kGradientQueries * ld_);
+    const int64_t most = p.size > p.value_size ? p.size : p.value_size;
+    if (!ComputeRows<T>::in_place(p.size, true)) {
+      q_memory_.allocate(kGradientQueries * whole_vectors<T>(p.size));
+      k_memory_.allocate(kGradientKeys * whole_vectors<T>(p.size));
+    }
+    if (!ComputeRows<T>::in_place(p.value_size, true))
+      d_out_memory_.allocate(kGradientQueries * whole_vectors<T>(p.value_size));
+    if (!ComputeRows<T>::in_place(1, false)) scratch_.allocate(Shape::panel_numbers(most));
+  }
+
+  void take_keys(int64_t b, int64_t kv_head, int64_t j0, int64_t keys) {
+    j0_ = j0, keys_ = keys;
+    const T *const k = p_->k.at(b, kv_head, j0), *const v = p_->v.at(b, kv_head, j0);
+    for (int64_t j = 0; j < Shape::blocks(keys); ++j) {
+      pack_scores_panel(k, p_->k.row, keys, p_->size, j, static_cast<A>(p_->scale * kLog2e), scratch_.get(),
+                        k_panels_.get() + j * Shape::panel_numbers(p_->size));
+      pack_scores_panel(v, p_->v.row, keys, p_->value_size, j, A(1), scratch_.get(),
+                        v_panels_.get() + j * Shape::panel_numbers(p_->value_size));
+    }
+    const ComputeRows<T> rows(k, p_->k.row, keys, p_->size, true, k_memory_.get());
+    k_rows = rows.data, k_row = rows.row;
+  }
+
+  // Queries [i0, i0 + rows) against those keys. delta: of these rows.
+  void compute(int64_t b, int64_t n, int64_t i0, int64_t rows, const A* delta) {
+    i0_ = i0, rows_ = rows;
+    const ComputeRows<T> q(p_->q.at(b, n, i0), p_->q.row, rows, p_->size, true, q_memory_.get());
+    const ComputeRows<T> d_out(p_->d_out.at(b, n, i0), p_->d_out.row, rows, p_->value_size, true, d_out_memory_.get());
+    q_rows = q.data, q_row = q.row, d_out_rows = d_out.data, d_out_row = d_out.row;
+    const auto seen = [&](int64_t m0, int64_t m1) { return keys_of(m0, m1); };
+    score_product(q_rows, q_row, rows, p_->size, k_panels_.get(), keys_, probabilities_.get(), ld_, seen);
+    score_product(d_out_rows, d_out_row, rows, p_->value_size, v_panels_.get(), keys_, gradients_.get(), ld_, seen);
+    const A* const lse = p_->lse + (b * p_->heads + n) * p_->queries + i0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t m0 = r / kTileRows * kTileRows, m1 = m0 + kTileRows < rows ? m0 + kTileRows : rows;
+      row(p_->mask.offset(b, n, i0 + r), r, lse[r], delta[r], keys_of(r, r + 1), keys_of(m0, m1));
+    }
+  }
+
+  // Relative to the blocks: the keys that rows see, and the queries that see keys.
+  Range keys_of(int64_t m0, int64_t m1) const { return visible_.in_block(i0_ + m0, i0_ + m1, j0_, keys_); }
+  Range queries_of(int64_t c0, int64_t c1) const {
+    const int64_t begin = j0_ + c0 - p_->band.high - i0_, end = j0_ + c1 - p_->band.low - i0_;
+    return {begin < 0 ? 0 : begin, end < rows_ ? end : rows_};
+  }
+
+  const A* probabilities() const { return probabilities_.get(); }
+  const A* gradients() const { return gradients_.get(); }
+  int64_t ld() const { return ld_; }
+
+  const A *k_rows = nullptr, *q_rows = nullptr, *d_out_rows = nullptr;  // each row whole vectors
+  int64_t k_row = 0, q_row = 0, d_out_row = 0;
+
+ private:
+  void row(int64_t mask_offset, int64_t r, A lse, A delta, Range mine, Range tile) {
+    constexpr int64_t size = V::size;
+    A *const s = probabilities_.get() + r * ld_, *const d = gradients_.get() + r * ld_;
+    // What a product reads of the row: of keys, too, whole tiles.
+    const int64_t first = tile.begin / kTileRows * kTileRows;
+    int64_t last = (tile.end + kTileRows - 1) / kTileRows * kTileRows;
+    last = last < keys_ ? last : keys_;
+    int64_t begin = first, end = first;
+    if (mine.begin < mine.end && lse != -static_cast<A>(__builtin_inf())) {
+      begin = mine.begin / size * size, end = (mine.end + size - 1) / size * size;
+      hide_outside(s, mine, {begin, end});
+      if (p_->mask.present()) mask_row(p_->mask, mask_offset, j0_, mine, s);
+      const V shift(lse * static_cast<A>(kLog2e)), less(delta), factor(factor_);
+      for (int64_t j = begin; j < end; j += size) {
+        const V probability = exp2_of_score(V::load(s + j) - shift);
+        probability.store(s + j);
+        (probability * (V::load(d + j) - less) * factor).store(d + j);
+      }
+      // What is hidden got a zero times whatever was there.
+      for (int64_t j = begin; j < mine.begin; ++j) d[j] = 0;
+      for (int64_t j = mine.end; j < end; ++j) d[j] = 0;
+    }
+    for (int64_t j = first; j < begin; ++j) s[j] = d[j] = 0;
+    for (int64_t j = end > first ? end : first; j < last; ++j) s[j] = d[j] = 0;
+  }
+
+  const AttentionBackward<T, A>* p_;
+  VisibleKeys visible_;
+  A factor_;
+  int64_t ld_ = 0, j0_ = 0, keys_ = 0, i0_ = 0, rows_ = 0;
+  Workspace<A> k_panels_, v_panels_, probabilities_, gradients_, q_memory_, k_memory_, d_out_memory_, scratch_;
+};
+
+// delta of queries [0, L) of a head.
+template <class T>
+void attention_delta(const AttentionBackward<T, Compute<T>>& p, int64_t b, int64_t n, Compute<T>* delta) {
+  using V = Vec<Compute<T>>;
+  for (int64_t i = 0; i < p.queries; ++i) {
+    const T *const out = p.out.at(b, n, i), *const d_out = p.d_out.at(b, n, i);
+    V sum(0);
+    for (int64_t j = 0; j < p.value_size; j += V::size)
+      sum = fma(V::load(out + j, p.value_size - j), V::load(d_out + j, p.value_size - j), sum);
+    delta[i] = sum_of_lanes(sum);
+    if (p.d_lse) delta[i] -= p.d_lse[(b * p.heads + n) * p.queries + i];
+  }
+}
+
+// Into how many parts, each with a dQ of its own, the keys of a head are cut: few heads leave threads without work.
+inline int64_t gradient_parts(int64_t groups, int64_t keys) {
+  constexpr int64_t kGroupsEnough = 16, kMostParts = 4;
+  const int64_t wanted = (kGroupsEnough + groups - 1) / groups, there = keys / (2 * kGradientKeys);
+  const int64_t parts = wanted < kMostParts ? wanted : kMostParts;
+  return parts < there ? parts : there < 1 ? 1 : there;
+}
+
+template <class T>
+class AttentionBackwardWorker {
+ public:
+  using A = Compute<T>;
+  using V = Vec<A>;
+
+  // dq: (B, N, L, size in whole vectors), zero.
+  AttentionBackwardWorker(const AttentionBackward<T, A>& p) : p_(&p), scores_(p, p.scale) {
+    columns_ = whole_vectors<T>(p.size), value_columns_ = whole_vectors<T>(p.value_size);
+    delta_.allocate(p.heads / p.kv_heads * p.queries);
+    dk_.allocate(kGradientKeys * columns_), dv_.allocate(kGradientKeys * value_columns_);
+  }
+
+  // Keys [j0, j1). dq: of a head, from one to the next, from one row to the next.
+  void run(int64_t b, int64_t kv_head, int64_t j0, int64_t j1, A* dq, int64_t dq_head, int64_t dq_row) {
+    const int64_t group = p_->heads / p_->kv_heads, first = kv_head * group;
+    for (int64_t n = 0; n < group; ++n) attention_delta(*p_, b, first + n, delta_.get() + n * p_->queries);
+    for (int64_t j = j0; j < j1; j += kGradientKeys) {
+      const int64_t keys = j1 - j < kGradientKeys ? j1 - j : kGradientKeys;
+      memset(dk_.get(), 0, keys * columns_ * sizeof(A));
+      memset(dv_.get(), 0, keys * value_columns_ * sizeof(A));
+      scores_.take_keys(b, kv_head, j, keys);
+      for (int64_t n = 0; n < group; ++n)
+        for (int64_t i = 0; i < p_->queries; i += kGradientQueries)
+          block(b, first + n, i, j, keys, delta_.get() + n * p_->queries + i, dq + n * dq_head + i * dq_row, dq_row);
+      store(dk_.get(), columns_, p_->dk, b, kv_head, j, keys, p_->size);
+      store(dv_.get(), value_columns_, p_->dv, b, kv_head, j, keys, p_->value_size);
+    }
+  }
+
+ private:
+  void block(int64_t b, int64_t n, int64_t i, int64_t j, int64_t keys, const A* delta, A* dq, int64_t dq_row) {
+    const int64_t rows = p_->queries - i < kGradientQueries ? p_->queries - i : kGradientQueries;
+    const VisibleKeys visible{&p_->band, p_->keys};
+    const Range seen = visible.in_block(i, i + rows, j, keys);
+    if (seen.begin >= seen.end) return;
+    scores_.compute(b, n, i, rows, delta);
+    const auto queries = [&](int64_t c0, int64_t c1) { return scores_.queries_of(c0, c1); };
+    const int64_t ld = scores_.ld();
+    accumulate_product(scores_.probabilities(), 1, ld, keys, rows, scores_.d_out_rows, scores_.d_out_row,
+                       value_columns_, dv_.get(), value_columns_, queries);
+    accumulate_product(
+        scores_.gradients(), 1, ld, keys, rows, scores_.q_rows, scores_.q_row, columns_, dk_.get(), columns_, queries);
+    accumulate_product(scores_.gradients(), ld, 1, rows, keys, scores_.k_rows, scores_.k_row, columns_, dq, dq_row,
+                       [&](int64_t m0, int64_t m1) { return scores_.keys_of(m0, m1); });
+  }
+
+  static void store(const A* from, int64_t row, const Heads<T>& to, int64_t b, int64_t head, int64_t first,
+                    int64_t rows, int64_t size) {
+    for (int64_t r = 0; r < rows; ++r) {
+      T* const out = to.at(b, head, first + r);
+      for (int64_t j = 0; j < size; j += V::size) V::load(from + r * row + j).store(out + j, size - j);
+    }
+  }
+
+  const AttentionBackward<T, A>* p_;
+  ScoreGradients<T> scores_;
+  int64_t columns_ = 0, value_columns_ = 0;
+  Workspace<A> delta_, dk_, dv_;
+};
+
+template <class T>
+void attention_backward(const AttentionBackward<T, Compute<T>>& p) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  const int64_t groups = p.batch * p.kv_heads, group = groups ? p.heads / p.kv_heads : 0;
+  if (groups == 0) return;
+  const int64_t columns = whole_vectors<T>(p.size), all = p.batch * p.heads * p.queries;
+  const int64_t parts = gradient_parts(groups, p.keys);
+  // Sums of dQ: in its place, or in memory of their own for each part.
+  const bool in_place = parts == 1 && ComputeRows<T>::in_place(p.size, true);
+  Workspace<A> memory;
+  A* const sums = in_place ? nullptr : memory.zeros(parts * all * columns);
+  parallel_tasks(p.threads, groups * parts, [&] {
+    return
+        [worker = AttentionBackwardWorker<T>(p), &p, sums, in_place, parts, group, columns, all](int64_t task) mutable {
+          const int64_t b = task / parts / p.kv_heads, kv_head = task / parts % p.kv_heads, first = kv_head * group;
+          const int64_t blocks = (p.keys + kGradientKeys - 1) / kGradientKeys;
+          const Range mine = part(blocks, task % parts, parts);
+          const int64_t end = mine.end * kGradientKeys < p.keys ? mine.end * kGradientKeys : p.keys;
+          A* dq;
+          int64_t head, row;
+          if (in_place) {
+            if constexpr (sizeof(A) == sizeof(T)) {
+              dq = p.dq.at(b, first, 0), head = p.dq.head, row = p.dq.row;
+              for (int64_t n = 0; n < group; ++n)
+                for (int64_t i = 0; i < p.queries; ++i) memset(p.dq.at(b, first + n, i), 0, p.size * sizeof(A));
+            } else {
+              return;  // never: another type is not in place
+            }
+          } else {
+            dq = sums + task % parts * all * columns + (b * p.heads + first) * p.queries * columns;
+            head = p.queries * columns, row = columns;
+          }
+          worker.run(b, kv_head, mine.begin * kGradientKeys, end, dq, head, row);
+        };
+  });
+  if (in_place) return;
+  parallel_for(p.threads, p.batch * p.heads, [&](int64_t head) {
+    for (int64_t i = 0; i < p.queries; ++i) {
+      T* const to = p.dq.at(head / p.heads, head % p.heads, i);
+      const A* const from = sums + (head * p.queries + i) * columns;
+      for (int64_t j = 0; j < p.size; j += V::size) {
+        V sum = V::load(from + j);
+        for (int64_t n = 1; n < parts; ++n) sum = sum + V::load(from + n * all * columns + j);
+        sum.store(to + j, p.size - j);
+      }
+    }
+  });
+}
+
+// A part of the mask's gradient belongs to whoever computes it: one place of its batch and heads, and, unless all keys
+// share a number, one block of keys.
+template <class T>
+void attention_mask_backward(const AttentionMaskBackward<T, Compute<T>>& p) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  const int64_t blocks = p.mask_columns == 1 ? 1 : (p.keys + kGradientKeys - 1) / kGradientKeys;
+  const int64_t keys_each = p.mask_columns == 1 ? p.keys : kGradientKeys;
+  memset(p.d_mask, 0, p.mask_batch * p.mask_heads * p.mask_rows * p.mask_columns * sizeof(A));
+  if (p.batch * p.heads * p.queries == 0) return;
+  struct Worker {
+    ScoreGradients<T> scores;
+    Workspace<A> delta;
+    explicit Worker(const AttentionMaskBackward<T, A>& p) : scores(p, 1) { delta.allocate(p.queries); }
+  };
+  parallel_tasks(p.threads, p.mask_batch * p.mask_heads * blocks, [&] {
+    return [worker = Worker(p), &p, blocks, keys_each](int64_t task) mutable {
+      const int64_t place = task / blocks, first = task % blocks * keys_each;
+      const int64_t mask_n = place % p.mask_heads, mask_b = place / p.mask_heads;
+      const int64_t last = first + keys_each < p.keys ? first + keys_each : p.keys;
+      A* const d_mask = p.d_mask + place * p.mask_rows * p.mask_columns;
+      for (int64_t b = p.mask_batch == 1 ? 0 : mask_b; b < (p.mask_batch == 1 ? p.batch : mask_b + 1); ++b)
+        for (int64_t n = p.mask_heads == 1 ? 0 : mask_n; n < (p.mask_heads == 1 ? p.heads : mask_n + 1); ++n) {
+          attention_delta(p, b, n, worker.delta.get());
+          for (int64_t j = first; j < last; j += kGradientKeys) {
+            const int64_t keys = last - j < kGradientKeys ? last - j : kGradientKeys;
+            worker.scores.take_keys(b, n / (p.heads / p.kv_heads), j, keys);
+            for (int64_t i = 0; i < p.queries; i += kGradientQueries) {
+              const int64_t rows = p.queries - i < kGradientQueries ? p.queries - i : kGradientQueries;
+              worker.scores.compute(b, n, i, rows, worker.delta.get() + i);
+              for (int64_t r = 0; r < rows; ++r) {
+                const Range seen = worker.scores.keys_of(r, r + 1);
+                const A* const from = worker.scores.gradients() + r * worker.scores.ld();
+                A* const to = d_mask + (p.mask_rows == 1 ? 0 : i + r) * p.mask_columns;
+                if (p.mask_columns == 1) {
+                  V sum(0);
+                  for (int64_t c = seen.begin; c < seen.end; c += V::size) sum = sum + V::load(from + c, seen.end - c);
+                  *to += sum_of_lanes(sum);
+                } else {
+                  for (int64_t c = seen.begin; c < seen.end; c += V::size)
+                    (V::load(to + j + c, seen.end - c) + V::load(from + c, seen.end - c))
+                        .store(to + j + c, seen.end - c);
+                }
+              }
+            }
+          }
+        }
+    };
+  });
+}

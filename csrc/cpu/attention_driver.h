@@ -1,0 +1,200 @@
+// What the forward and the backward of attention share: blocks of queries against blocks of keys, and their products.
+//
+// A product with the scores is one of
+//   S (rows, keys)  = Q K^T     K in panels, transposed: [panel][D][lanes], zero past the last key
+//   O (rows, Dv)   += P V       V row by row where it lies, or in a copy whose rows are whole vectors
+// and backward's likewise; a's numbers are broadcast, so it may be transposed where it lies. Sums are chains of kChain
+// terms along K, from the first key on, so a row's bits do not depend on the batch, its place in it or the threads.
+#pragma once
+
+constexpr int64_t kQueryBlock = 48;  // a whole number of tiles
+constexpr int64_t kKeyBlock = 512;
+constexpr int kTileRows = 6;
+static_assert(kKeyBlock % kChain == 0 && kQueryBlock % kTileRows == 0, "blocks have whole chains and tiles");
+
+// A block of scores: rows begin a cache line further than a power of two, or their columns would share one set of it.
+template <class A>
+constexpr int64_t score_stride(int64_t keys) {
+  return keys + 64 / static_cast<int64_t>(sizeof(A));
+}
+
+template <class T>
+constexpr int64_t whole_vectors(int64_t numbers) {
+  constexpr int64_t V = Vec<Compute<T>>::size;
+  return (numbers + V - 1) / V * V;
+}
+
+// c (rows, NV vectors) (+)= a b for some terms of the sum and at most kTileRows rows.
+template <int NV, int MR, class A>
+FASTSEQ_INLINE void score_tile(int64_t rows, const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t b_row,
+                               Range k, A* c, int64_t ldc, bool accumulate) {
+  if constexpr (MR > 0) {
+    if (rows < MR) return score_tile<NV, MR - 1, A>(rows, a, a_row, a_column, b, b_row, k, c, ldc, accumulate);
+    for (int64_t k0 = k.begin; k0 < k.end; k0 += kChain)
+      tile<MR, NV, 1, A>(a + k0 * a_column, a_row, a_column, b + k0 * b_row, b_row, 0,
+                         k.end - k0 < kChain ? k.end - k0 : kChain, c, ldc, accumulate || k0 > k.begin);
+  }
+}
+
+// c (rows, keys) = a panels, the panels of at least columns_of(rows) alone.
+template <class A, class ColumnsOf>
+void score_product(const A* a, int64_t a_row, int64_t rows, int64_t size, const A* panels, int64_t keys, A* c,
+                   int64_t ldc, const ColumnsOf& columns_of) {
+  using Shape = PanelShape<A, 1>;
+  for (int64_t j = 0; j < keys; j += Shape::width, panels += size * Shape::width) {
+    for (int64_t m = 0; m < rows; m += kTileRows) {
+      const int64_t here = rows - m < kTileRows ? rows - m : kTileRows;
+      const Range needed = columns_of(m, m + here);
+      if (needed.end <= j || needed.begin >= j + Shape::width) continue;
+      score_tile<Shape::vectors, kTileRows, A>(
+          here, a + m * a_row, a_row, 1, panels, Shape::width, {0, size}, c + m * ldc + j, ldc, false);
+    }
+  }
+}
+
+// c (rows, columns) += a b, columns a whole number of vectors, for each tile of rows its own terms.
+template <class A, class TermsOf>
+void accumulate_product(const A* a, int64_t a_row, int64_t a_column, int64_t rows, int64_t terms, const A* b,
+                        int64_t b_row, int64_t columns, A* c, int64_t ldc, const TermsOf& terms_of) {
+  constexpr int64_t V = Vec<A>::size;
+  for (int64_t k0 = 0; k0 < terms; k0 += kChain) {
+    const int64_t k1 = k0 + kChain < terms ? k0 + kChain : terms;
+    const auto panel = [&](auto part, int64_t j) __attribute__((always_inline)) {
+      constexpr int NV = decltype(part)::value;
+      for (int64_t m = 0; m < rows; m += kTileRows) {
+        const int64_t here = rows - m < kTileRows ? rows - m : kTileRows;
+        Range k = terms_of(m, m + here);
+        k = {k.begin > k0 ? k.begin : k0, k.end < k1 ? k.end : k1};
+        if (k.begin < k.end)
+          score_tile<NV, kTileRows, A>(
+              here, a + m * a_row, a_row, a_column, b + j, b_row, k, c + m * ldc + j, ldc, true);
+      }
+    };
+    int64_t j = 0;
+    for (; j + kWideVectors * V <= columns; j += kWideVectors * V) panel(Part<kWideVectors>{}, j);
+    if (kWideVectors > 2 && j + 2 * V <= columns) panel(Part<2>{}, j), j += 2 * V;
+    for (; j < columns; j += V) panel(Part<1>{}, j);
+  }
+}
+
+// Rows in the type that is computed in: where they lie, or copied to memory of rows * whole_vectors<T>(size) numbers,
+// zero past the size.
+template <class T>
+struct ComputeRows {
+  using A = Compute<T>;
+  const A* data;
+  int64_t row;
+
+  static bool in_place(int64_t size, bool vectors) {
+    return sizeof(T) == sizeof(A) && (!vectors || size % Vec<A>::size == 0);
+  }
+  // vectors: each row is read in whole ones.
+  ComputeRows(const T* from, int64_t stride, int64_t rows, int64_t size, bool vectors, A* memory) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (in_place(size, vectors)) {
+        data = from, row = stride;
+        return;
+      }
+    }
+    data = memory, row = whole_vectors<T>(size);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < size; j += Vec<A>::size)
+        Vec<A>::load(from + i * stride + j, size - j).store(memory + i * row + j);
+  }
+};
+
+// Panel j of rows (n, size), transposed and times a factor. scratch: a panel's numbers, for another type.
+template <class T>
+void pack_scores_panel(const T* rows, int64_t stride, int64_t n, int64_t size, int64_t j, Compute<T> factor,
+                       Compute<T>* scratch, Compute<T>* panel) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  using Shape = PanelShape<A, 1>;
+  if constexpr (sizeof(T) == sizeof(A)) {
+    (void)scratch;
+    pack_transposed<1>(rows, stride, n, size, j, panel);
+  } else {
+    const int64_t first = j * Shape::units, here = n - first < Shape::units ? n - first : Shape::units;
+    for (int64_t i = 0; i < here; ++i)
+      for (int64_t k = 0; k < size; k += V::size)
+        V::load(rows + (first + i) * stride + k, size - k).store(scratch + i * size + k, size - k);
+    pack_transposed<1>(scratch, size, here, size, 0, panel);
+  }
+  if (factor != 1)
+    for (int64_t i = 0; i < size * Shape::width; i += V::size) (V::load(panel + i) * V(factor)).store(panel + i);
+}
+
+// Columns of `vectors` that are not of `mine`.
+template <class A>
+FASTSEQ_INLINE void hide_outside(A* scores, Range mine, Range vectors) {
+  const A hidden = -static_cast<A>(__builtin_inf());
+  for (int64_t j = vectors.begin; j < mine.begin; ++j) scores[j] = hidden;
+  for (int64_t j = mine.end; j < vectors.end; ++j) scores[j] = hidden;
+}
+
+// The scores of a row that a mask hides become -inf; an additive one is added, times log2 e as the scores are.
+constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+template <class T>
+void mask_row(const AttentionMask<T>& mask, int64_t offset, int64_t j0, Range columns, Compute<T>* scores) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  const A hidden = -static_cast<A>(__builtin_inf());
+  for (int64_t j = columns.begin; j < columns.end; j += V::size) {
+    const int64_t valid = columns.end - j < V::size ? columns.end - j : V::size;
+    const int64_t at = offset + (j0 + j) * mask.column;
+    const V s = V::load(scores + j, valid);
+    if (mask.bias) {
+      V bias;
+      if (mask.column == 1) {
+        bias = V::load(mask.bias + at, valid);
+      } else {
+        A lanes[V::size] = {};
+        for (int64_t i = 0; i < valid; ++i) lanes[i] = to_compute(mask.bias[at + i * mask.column]);
+        bias = V::load(lanes);
+      }
+      fma(bias, V(static_cast<A>(kLog2e)), s).store(scores + j, valid);
+    } else {
+      typename V::Bits seen = {};
+      for (int64_t i = 0; i < valid; ++i) seen[i] = mask.visible[at + i * mask.column] ? -1 : 0;
+      const V masked = seen != 0 ? s.v : V(hidden).v;
+      masked.store(scores + j, valid);
+    }
+  }
+}
+
+template <class T, int... lane>
+FASTSEQ_INLINE T sum_of_lanes(Vec<T> v, Lanes<lane...> lanes) {
+  return lane_sums<1, Vec<T>::size / 2>(&v, lanes).v[0];
+}
+template <class T>
+FASTSEQ_INLINE T sum_of_lanes(Vec<T> v) {
+  return sum_of_lanes(v, typename CountLanes<Vec<T>::size>::type{});
+}
+
+// The keys that rows [i0, i1) of the queries see, and of those each row for itself, relative to a block of keys.
+struct VisibleKeys {
+  const Band* band;
+  int64_t keys;
+
+  Range of_rows(int64_t i0, int64_t i1) const { return {band->first(i0, keys), band->end(i1 - 1, keys)}; }
+  Range in_block(int64_t i0, int64_t i1, int64_t j0, int64_t n) const {
+    const Range all = of_rows(i0, i1);
+    const int64_t begin = all.begin - j0, end = all.end - j0;
+    return {begin < 0 ? 0 : begin < n ? begin : n, end < 0 ? 0 : end < n ? end : n};
+  }
+};
+
+// Tasks that threads take one after another.
+template <class F>
+void parallel_tasks(int threads, int64_t tasks, const F& make_worker) {
+  int64_t next = 0;
+  parallel(threads < tasks ? threads : static_cast<int>(tasks), [&](int, int) {
+    auto worker = make_worker();
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks) return;
+      worker(task);
+    }
+  });
+}

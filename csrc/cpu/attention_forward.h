@@ -1,0 +1,147 @@
+// Attention, forward: softmax(scale Q K^T + mask) V, the softmax built up block of keys by block of keys (Milakov and
+// Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022), so that scores
+// never leave the cache.
+#pragma once
+
+template <class T>
+class AttentionForwardWorker {
+ public:
+  using A = Compute<T>;
+  using V = Vec<A>;
+  using Shape = PanelShape<A, 1>;
+
+  explicit AttentionForwardWorker(const AttentionForward<T, A>& p) : p_(&p), visible_{&p.band, p.keys} {
+    columns_ = whole_vectors<T>(p.value_size);
+    ld_scores_ = score_stride<A>(kKeyBlock);
+    panels_.allocate(Shape::blocks(p.keys) * Shape::panel_numbers(p.size));
+    scores_.allocate(kQueryBlock * ld_scores_);
+    sums_.allocate(kQueryBlock * columns_);
+    largest_.allocate(kQueryBlock), total_.allocate(kQueryBlock);
+    if (!ComputeRows<T>::in_place(p.size, false)) {
+      queries_.allocate(kQueryBlock * whole_vectors<T>(p.size));
+      scratch_.allocate(Shape::panel_numbers(p.size));
+    }
+    if (!ComputeRows<T>::in_place(p.value_size, true)) values_.allocate(p.keys * columns_);
+  }
+
+  // Queries [i0, i1), of all heads that share these keys and values.
+  void run(int64_t b, int64_t kv_head, int64_t i0, int64_t i1) {
+    const int64_t group = p_->heads / p_->kv_heads;
+    const Range keys = visible_.of_rows(i0, i1);
+    if (keys.begin < keys.end) prepare_keys(b, kv_head, keys);
+    for (int64_t n = kv_head * group; n < (kv_head + 1) * group; ++n)
+      for (int64_t i = i0; i < i1; i += kQueryBlock) block(b, n, i, i + kQueryBlock < i1 ? i + kQueryBlock : i1);
+  }
+
+ private:
+  void prepare_keys(int64_t b, int64_t kv_head, Range keys) {
+    const A factor = static_cast<A>(p_->scale * kLog2e);
+    for (int64_t j = keys.begin / Shape::width; j * Shape::width < keys.end; ++j)
+      pack_scores_panel(p_->k.at(b, kv_head, 0), p_->k.row, p_->keys, p_->size, j, factor, scratch_.get(),
+                        panels_.get() + j * Shape::panel_numbers(p_->size));
+    const ComputeRows<T> values(p_->v.at(b, kv_head, keys.begin), p_->v.row, keys.end - keys.begin, p_->value_size,
+                                true, values_.get() + keys.begin * columns_);
+    v_ = values.data - keys.begin * values.row, v_row_ = values.row;
+  }
+
+  void block(int64_t b, int64_t n, int64_t i0, int64_t i1) {
+    const int64_t rows = i1 - i0;
+    const ComputeRows<T> q(p_->q.at(b, n, i0), p_->q.row, rows, p_->size, false, queries_.get());
+    for (int64_t r = 0; r < rows; ++r) largest_.get()[r] = -static_cast<A>(__builtin_inf()), total_.get()[r] = 0;
+    memset(sums_.get(), 0, rows * columns_ * sizeof(A));
+    const Range keys = visible_.of_rows(i0, i1);
+    for (int64_t j0 = keys.begin / kKeyBlock * kKeyBlock; j0 < keys.end; j0 += kKeyBlock) {
+      const int64_t here = p_->keys - j0 < kKeyBlock ? p_->keys - j0 : kKeyBlock;
+      const auto seen = [&](int64_t m0, int64_t m1) { return visible_.in_block(i0 + m0, i0 + m1, j0, here); };
+      score_product(q.data, q.row, rows, p_->size, panels_.get() + j0 / Shape::width * Shape::panel_numbers(p_->size),
+                    here, scores_.get(), ld_scores_, seen);
+      for (int64_t r = 0; r < rows; ++r) {
+        const Range tile =
+            seen(r / kTileRows * kTileRows,
+                 r / kTileRows * kTileRows + kTileRows < rows ? r / kTileRows * kTileRows + kTileRows : rows);
+        softmax_row(b, n, i0 + r, r, j0, seen(r, r + 1), tile);
+      }
+      accumulate_product(
+          scores_.get(), ld_scores_, 1, rows, here, v_ + j0 * v_row_, v_row_, columns_, sums_.get(), columns_, seen);
+    }
+    for (int64_t r = 0; r < rows; ++r) finish_row(b, n, i0 + r, r);
+  }
+
+  // Of row r, the scores of the keys that it sees become their exponentials, those of others that the product reads
+  // zero.
+  void softmax_row(int64_t b, int64_t n, int64_t i, int64_t r, int64_t j0, Range mine, Range read) {
+    constexpr int64_t size = V::size;
+    A* const s = scores_.get() + r * ld_scores_;
+    const A hidden = -static_cast<A>(__builtin_inf());
+    // Whole vectors from here to there; the lanes beyond are hidden.
+    const int64_t begin = mine.begin / size * size, end = (mine.end + size - 1) / size * size;
+    if (mine.begin < mine.end) {
+      hide_outside(s, mine, {begin, end});
+      if (p_->mask.present()) mask_row(p_->mask, p_->mask.offset(b, n, i), j0, mine, s);
+      V most(hidden);
+      for (int64_t j = begin; j < end; j += size) {
+        const V x = V::load(s + j);
+        most = x.v > most.v ? x.v : most.v;
+      }
+      A largest = largest_.get()[r];
+      const A before = largest;
+      for (int64_t l = 0; l < size; ++l) largest = most.v[l] > largest ? most.v[l] : largest;
+      const V shift(largest == hidden ? A(0) : largest);
+      V sum(0);
+      for (int64_t j = begin; j < end; j += size) {
+        const V e = exp2_of_score(V::load(s + j) - shift);
+        sum = sum + e;
+        e.store(s + j);
+      }
+      A total = total_.get()[r];
+      if (before != largest) {
+        const A factor = exp2_of_score(V(before) - shift).v[0];
+        total *= factor;
+        A* const sums = sums_.get() + r * columns_;
+        for (int64_t j = 0; j < columns_; j += size) (V::load(sums + j) * V(factor)).store(sums + j);
+        largest_.get()[r] = largest;
+      }
+      total_.get()[r] = total + sum_of_lanes(sum);
+      for (int64_t j = read.begin; j < begin; ++j) s[j] = 0;
+      for (int64_t j = end; j < read.end; ++j) s[j] = 0;
+    } else {
+      for (int64_t j = read.begin; j < read.end; ++j) s[j] = 0;
+    }
+  }
+
+  void finish_row(int64_t b, int64_t n, int64_t i, int64_t r) {
+    const A total = total_.get()[r];
+    const A* const sums = sums_.get() + r * columns_;
+    T* const out = p_->out.at(b, n, i);
+    const V factor(total == 0 ? A(0) : A(1) / total);
+    for (int64_t j = 0; j < p_->value_size; j += V::size)
+      (V::load(sums + j) * factor).store(out + j, p_->value_size - j);
+    p_->lse[(b * p_->heads + n) * p_->queries + i] =
+        total == 0 ? -static_cast<A>(__builtin_inf())
+                   : static_cast<A>(largest_.get()[r] * kLn2 + __builtin_log(static_cast<double>(total)));
+  }
+
+  const AttentionForward<T, A>* p_;
+  VisibleKeys visible_;
+  int64_t columns_ = 0, ld_scores_ = 0;
+  const A* v_ = nullptr;
+  int64_t v_row_ = 0;
+  Workspace<A> panels_, scores_, sums_, largest_, total_, queries_, scratch_, values_;
+};
+
+template <class T>
+void attention_forward(const AttentionForward<T, Compute<T>>& p) {
+  const int64_t groups = p.batch * p.kv_heads;
+  if (groups == 0 || p.queries == 0) return;
+  // A head's queries in as many parts as keep all threads busy to the end.
+  const int64_t blocks = (p.queries + kQueryBlock - 1) / kQueryBlock;
+  const int64_t wanted = (4 * p.threads + groups - 1) / groups;
+  const int64_t parts = p.threads == 1 ? 1 : wanted < blocks ? wanted : blocks;
+  parallel_tasks(p.threads, groups * parts, [&] {
+    return [worker = AttentionForwardWorker<T>(p), &p, parts, blocks](int64_t task) mutable {
+      const Range mine = part(blocks, task % parts, parts);
+      const int64_t group = task / parts, end = mine.end * kQueryBlock;
+      worker.run(group / p.kv_heads, group % p.kv_heads, mine.begin * kQueryBlock, end < p.queries ? end : p.queries);
+    };
+  });
+}
