@@ -29,13 +29,13 @@ class ScoreGradients {
     v_panels_.allocate(panels * Shape::panel_numbers(p.value_size));
     probabilities_.allocate(kGradientQueries * ld_), gradients_.allocate(kGradientQueries * ld_);
     const int64_t most = p.size > p.value_size ? p.size : p.value_size;
-    if (!ComputeRows<T>::in_place(p.size, true)) {
-      q_memory_.allocate(kGradientQueries * whole_vectors<T>(p.size));
-      k_memory_.allocate(kGradientKeys * whole_vectors<T>(p.size));
+    k_packed_.allocate(kGradientKeys * whole_vectors<T>(p.size));
+    q_packed_.allocate(kGradientQueries * whole_vectors<T>(p.size));
+    d_out_packed_.allocate(kGradientQueries * whole_vectors<T>(p.value_size));
+    if (!ComputeRows<T>::kInPlace) {
+      scratch_.allocate(Shape::panel_numbers(most));
+      memory_.allocate(kGradientQueries * most);
     }
-    if (!ComputeRows<T>::in_place(p.value_size, true))
-      d_out_memory_.allocate(kGradientQueries * whole_vectors<T>(p.value_size));
-    if (!ComputeRows<T>::in_place(1, false)) scratch_.allocate(Shape::panel_numbers(most));
   }
 
   void take_keys(int64_t b, int64_t kv_head, int64_t j0, int64_t keys) {
@@ -47,19 +47,21 @@ class ScoreGradients {
       pack_scores_panel(v, p_->v.row, keys, p_->value_size, j, A(1), scratch_.get(),
                         v_panels_.get() + j * Shape::panel_numbers(p_->value_size));
     }
-    const ComputeRows<T> rows(k, p_->k.row, keys, p_->size, true, k_memory_.get());
-    k_rows = rows.data, k_row = rows.row;
+    pack_rows(k, p_->k.row, keys, p_->size, k_packed_.get());
   }
 
   // Queries [i0, i0 + rows) against those keys. delta: of these rows.
   void compute(int64_t b, int64_t n, int64_t i0, int64_t rows, const A* delta) {
     i0_ = i0, rows_ = rows;
-    const ComputeRows<T> q(p_->q.at(b, n, i0), p_->q.row, rows, p_->size, true, q_memory_.get());
-    const ComputeRows<T> d_out(p_->d_out.at(b, n, i0), p_->d_out.row, rows, p_->value_size, true, d_out_memory_.get());
-    q_rows = q.data, q_row = q.row, d_out_rows = d_out.data, d_out_row = d_out.row;
-    const auto seen = [&](int64_t m0, int64_t m1) { return keys_of(m0, m1); };
-    score_product(q_rows, q_row, rows, p_->size, k_panels_.get(), keys_, probabilities_.get(), ld_, seen);
-    score_product(d_out_rows, d_out_row, rows, p_->value_size, v_panels_.get(), keys_, gradients_.get(), ld_, seen);
+    const auto product = [&](const Heads<const T>& from, int64_t size, const A* panels, A* packed, A* to) {
+      const T* const at = from.at(b, n, i0);
+      const ComputeRows<T> left(at, from.row, rows, size, memory_.get());
+      score_product(left.data, left.row, rows, size, panels, keys_, to, ld_,
+                    [&](int64_t m0, int64_t m1) { return keys_of(m0, m1); });
+      pack_rows(at, from.row, rows, size, packed);
+    };
+    product(p_->q, p_->size, k_panels_.get(), q_packed_.get(), probabilities_.get());
+    product(p_->d_out, p_->value_size, v_panels_.get(), d_out_packed_.get(), gradients_.get());
     const A* const lse = p_->lse + (b * p_->heads + n) * p_->queries + i0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t m0 = r / kTileRows * kTileRows, m1 = m0 + kTileRows < rows ? m0 + kTileRows : rows;
@@ -78,8 +80,10 @@ class ScoreGradients {
   const A* gradients() const { return gradients_.get(); }
   int64_t ld() const { return ld_; }
 
-  const A *k_rows = nullptr, *q_rows = nullptr, *d_out_rows = nullptr;  // each row whole vectors
-  int64_t k_row = 0, q_row = 0, d_out_row = 0;
+  // Packed rows.
+  const A* keys() const { return k_packed_.get(); }
+  const A* queries() const { return q_packed_.get(); }
+  const A* d_out() const { return d_out_packed_.get(); }
 
  private:
   void row(int64_t mask_offset, int64_t r, A lse, A delta, Range mine, Range tile) {
@@ -112,7 +116,7 @@ class ScoreGradients {
   VisibleKeys visible_;
   A factor_;
   int64_t ld_ = 0, j0_ = 0, keys_ = 0, i0_ = 0, rows_ = 0;
-  Workspace<A> k_panels_, v_panels_, probabilities_, gradients_, q_memory_, k_memory_, d_out_memory_, scratch_;
+  Workspace<A> k_panels_, v_panels_, k_packed_, q_packed_, d_out_packed_, probabilities_, gradients_, scratch_, memory_;
 };
 
 // delta of queries [0, L) of a head.
@@ -176,11 +180,11 @@ class AttentionBackwardWorker {
     scores_.compute(b, n, i, rows, delta);
     const auto queries = [&](int64_t c0, int64_t c1) { return scores_.queries_of(c0, c1); };
     const int64_t ld = scores_.ld();
-    accumulate_product(scores_.probabilities(), 1, ld, keys, rows, scores_.d_out_rows, scores_.d_out_row,
-                       value_columns_, dv_.get(), value_columns_, queries);
+    accumulate_product(scores_.probabilities(), 1, ld, keys, rows, scores_.d_out(), value_columns_, dv_.get(),
+                       value_columns_, queries);
     accumulate_product(
-        scores_.gradients(), 1, ld, keys, rows, scores_.q_rows, scores_.q_row, columns_, dk_.get(), columns_, queries);
-    accumulate_product(scores_.gradients(), ld, 1, rows, keys, scores_.k_rows, scores_.k_row, columns_, dq, dq_row,
+        scores_.gradients(), 1, ld, keys, rows, scores_.queries(), columns_, dk_.get(), columns_, queries);
+    accumulate_product(scores_.gradients(), ld, 1, rows, keys, scores_.keys(), columns_, dq, dq_row,
                        [&](int64_t m0, int64_t m1) { return scores_.keys_of(m0, m1); });
   }
 
@@ -207,7 +211,7 @@ void attention_backward(const AttentionBackward<T, Compute<T>>& p) {
   const int64_t columns = whole_vectors<T>(p.size), all = p.batch * p.heads * p.queries;
   const int64_t parts = gradient_parts(groups, p.keys);
   // Sums of dQ: in its place, or in memory of their own for each part.
-  const bool in_place = parts == 1 && ComputeRows<T>::in_place(p.size, true);
+  const bool in_place = parts == 1 && ComputeRows<T>::kInPlace && p.size % V::size == 0;
   Workspace<A> memory;
   A* const sums = in_place ? nullptr : memory.zeros(parts * all * columns);
   parallel_tasks(p.threads, groups * parts, [&] {

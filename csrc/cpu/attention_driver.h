@@ -2,13 +2,15 @@
 //
 // A product with the scores is one of
 //   S (rows, keys)  = Q K^T     K in panels, transposed: [panel][D][lanes], zero past the last key
-//   O (rows, Dv)   += P V       V row by row where it lies, or in a copy whose rows are whole vectors
-// and backward's likewise; a's numbers are broadcast, so it may be transposed where it lies. Sums are chains of kChain
-// terms along K, from the first key on, so a row's bits do not depend on the batch, its place in it or the threads.
+//   O (rows, Dv)   += P V       V in panels of a few columns: [group of columns][S][lanes]
+// and backward's likewise; the left side's numbers are broadcast, so it may be transposed where it lies. Sums are
+// chains of kChain terms along K, from the first key on, so a row's bits do not depend on the batch, its place in it or
+// the threads.
 #pragma once
 
 constexpr int64_t kQueryBlock = 48;  // a whole number of tiles
 constexpr int64_t kKeyBlock = 512;
+constexpr int64_t kTermBlock = 64;  // terms of a product with P that are taken before the next columns
 constexpr int kTileRows = 6;
 static_assert(kKeyBlock % kChain == 0 && kQueryBlock % kTileRows == 0, "blocks have whole chains and tiles");
 
@@ -52,14 +54,42 @@ void score_product(const A* a, int64_t a_row, int64_t rows, int64_t size, const 
   }
 }
 
-// c (rows, columns) += a b, columns a whole number of vectors, for each tile of rows its own terms.
+// The columns of a matrix in groups of as many as a tile takes, the last ones in smaller groups: use(vectors, first).
+template <class A, class Use>
+FASTSEQ_INLINE void for_each_column_group(int64_t columns, const Use& use) {
+  constexpr int64_t V = Vec<A>::size;
+  int64_t j = 0;
+  for (; j + kWideVectors * V <= columns; j += kWideVectors * V) use(Part<kWideVectors>{}, j);
+  if (kWideVectors > 2 && j + 2 * V <= columns) use(Part<2>{}, j), j += 2 * V;
+  for (; j < columns; j += V) use(Part<1>{}, j);
+}
+
+// Rows (rows, size) as the right side of a product: [group of columns][row][columns of the group], whole vectors, zero
+// past the size.
+template <class T>
+void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t size, Compute<T>* to) {
+  using V = Vec<Compute<T>>;
+  for_each_column_group<Compute<T>>(whole_vectors<T>(size), [&](auto part, int64_t j) __attribute__((always_inline)) {
+    constexpr int NV = decltype(part)::value;
+    Compute<T>* group = to + rows * j;
+    if (j + NV * V::size <= size) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int v = 0; v < NV; ++v) V::load(from + i * stride + j + v * V::size).store(group + (i * NV + v) * V::size);
+    } else {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int v = 0; v < NV; ++v)
+          V::load(from + i * stride + j + v * V::size, size - j - v * V::size).store(group + (i * NV + v) * V::size);
+    }
+  });
+}
+
+// c (rows, columns) += a b, b packed rows, for each tile of rows of c its own terms of all.
 template <class A, class TermsOf>
 void accumulate_product(const A* a, int64_t a_row, int64_t a_column, int64_t rows, int64_t terms, const A* b,
-                        int64_t b_row, int64_t columns, A* c, int64_t ldc, const TermsOf& terms_of) {
-  constexpr int64_t V = Vec<A>::size;
-  for (int64_t k0 = 0; k0 < terms; k0 += kChain) {
-    const int64_t k1 = k0 + kChain < terms ? k0 + kChain : terms;
-    const auto panel = [&](auto part, int64_t j) __attribute__((always_inline)) {
+                        int64_t columns, A* c, int64_t ldc, const TermsOf& terms_of) {
+  for (int64_t k0 = 0; k0 < terms; k0 += kTermBlock) {
+    const int64_t k1 = k0 + kTermBlock < terms ? k0 + kTermBlock : terms;
+    for_each_column_group<A>(columns, [&](auto part, int64_t j) __attribute__((always_inline)) {
       constexpr int NV = decltype(part)::value;
       for (int64_t m = 0; m < rows; m += kTileRows) {
         const int64_t here = rows - m < kTileRows ? rows - m : kTileRows;
@@ -67,39 +97,30 @@ void accumulate_product(const A* a, int64_t a_row, int64_t a_column, int64_t row
         k = {k.begin > k0 ? k.begin : k0, k.end < k1 ? k.end : k1};
         if (k.begin < k.end)
           score_tile<NV, kTileRows, A>(
-              here, a + m * a_row, a_row, a_column, b + j, b_row, k, c + m * ldc + j, ldc, true);
+              here, a + m * a_row, a_row, a_column, b + terms * j, NV * Vec<A>::size, k, c + m * ldc + j, ldc, true);
       }
-    };
-    int64_t j = 0;
-    for (; j + kWideVectors * V <= columns; j += kWideVectors * V) panel(Part<kWideVectors>{}, j);
-    if (kWideVectors > 2 && j + 2 * V <= columns) panel(Part<2>{}, j), j += 2 * V;
-    for (; j < columns; j += V) panel(Part<1>{}, j);
+    });
   }
 }
 
-// Rows in the type that is computed in: where they lie, or copied to memory of rows * whole_vectors<T>(size) numbers,
-// zero past the size.
+// Rows in the type that is computed in: where they lie, or copied to memory of rows * size numbers.
 template <class T>
 struct ComputeRows {
   using A = Compute<T>;
+  static constexpr bool kInPlace = sizeof(T) == sizeof(A);
   const A* data;
   int64_t row;
 
-  static bool in_place(int64_t size, bool vectors) {
-    return sizeof(T) == sizeof(A) && (!vectors || size % Vec<A>::size == 0);
-  }
-  // vectors: each row is read in whole ones.
-  ComputeRows(const T* from, int64_t stride, int64_t rows, int64_t size, bool vectors, A* memory) {
-    if constexpr (sizeof(T) == sizeof(A)) {
-      if (in_place(size, vectors)) {
-        data = from, row = stride;
-        return;
-      }
+  ComputeRows(const T* from, int64_t stride, int64_t rows, int64_t size, A* memory) {
+    if constexpr (kInPlace) {
+      (void)rows, (void)size, (void)memory;
+      data = from, row = stride;
+    } else {
+      data = memory, row = size;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < size; j += Vec<A>::size)
+          Vec<A>::load(from + i * stride + j, size - j).store(memory + i * size + j, size - j);
     }
-    data = memory, row = whole_vectors<T>(size);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < size; j += Vec<A>::size)
-        Vec<A>::load(from + i * stride + j, size - j).store(memory + i * row + j);
   }
 };
 

@@ -17,11 +17,11 @@ class AttentionForwardWorker {
     scores_.allocate(kQueryBlock * ld_scores_);
     sums_.allocate(kQueryBlock * columns_);
     largest_.allocate(kQueryBlock), total_.allocate(kQueryBlock);
-    if (!ComputeRows<T>::in_place(p.size, false)) {
-      queries_.allocate(kQueryBlock * whole_vectors<T>(p.size));
+    values_.allocate(p.keys * columns_);
+    if (!ComputeRows<T>::kInPlace) {
+      queries_.allocate(kQueryBlock * p.size);
       scratch_.allocate(Shape::panel_numbers(p.size));
     }
-    if (!ComputeRows<T>::in_place(p.value_size, true)) values_.allocate(p.keys * columns_);
   }
 
   // Queries [i0, i1), of all heads that share these keys and values.
@@ -39,19 +39,20 @@ class AttentionForwardWorker {
     for (int64_t j = keys.begin / Shape::width; j * Shape::width < keys.end; ++j)
       pack_scores_panel(p_->k.at(b, kv_head, 0), p_->k.row, p_->keys, p_->size, j, factor, scratch_.get(),
                         panels_.get() + j * Shape::panel_numbers(p_->size));
-    const ComputeRows<T> values(p_->v.at(b, kv_head, keys.begin), p_->v.row, keys.end - keys.begin, p_->value_size,
-                                true, values_.get() + keys.begin * columns_);
-    v_ = values.data - keys.begin * values.row, v_row_ = values.row;
+    for (int64_t j0 = keys.begin / kKeyBlock * kKeyBlock; j0 < keys.end; j0 += kKeyBlock)
+      pack_rows(p_->v.at(b, kv_head, j0), p_->v.row, keys_of_block(j0), p_->value_size, values_.get() + j0 * columns_);
   }
+
+  int64_t keys_of_block(int64_t j0) const { return p_->keys - j0 < kKeyBlock ? p_->keys - j0 : kKeyBlock; }
 
   void block(int64_t b, int64_t n, int64_t i0, int64_t i1) {
     const int64_t rows = i1 - i0;
-    const ComputeRows<T> q(p_->q.at(b, n, i0), p_->q.row, rows, p_->size, false, queries_.get());
+    const ComputeRows<T> q(p_->q.at(b, n, i0), p_->q.row, rows, p_->size, queries_.get());
     for (int64_t r = 0; r < rows; ++r) largest_.get()[r] = -static_cast<A>(__builtin_inf()), total_.get()[r] = 0;
     memset(sums_.get(), 0, rows * columns_ * sizeof(A));
     const Range keys = visible_.of_rows(i0, i1);
     for (int64_t j0 = keys.begin / kKeyBlock * kKeyBlock; j0 < keys.end; j0 += kKeyBlock) {
-      const int64_t here = p_->keys - j0 < kKeyBlock ? p_->keys - j0 : kKeyBlock;
+      const int64_t here = keys_of_block(j0);
       const auto seen = [&](int64_t m0, int64_t m1) { return visible_.in_block(i0 + m0, i0 + m1, j0, here); };
       score_product(q.data, q.row, rows, p_->size, panels_.get() + j0 / Shape::width * Shape::panel_numbers(p_->size),
                     here, scores_.get(), ld_scores_, seen);
@@ -61,8 +62,8 @@ class AttentionForwardWorker {
                  r / kTileRows * kTileRows + kTileRows < rows ? r / kTileRows * kTileRows + kTileRows : rows);
         softmax_row(b, n, i0 + r, r, j0, seen(r, r + 1), tile);
       }
-      accumulate_product(
-          scores_.get(), ld_scores_, 1, rows, here, v_ + j0 * v_row_, v_row_, columns_, sums_.get(), columns_, seen);
+      accumulate_product(scores_.get(), ld_scores_, 1, rows, here, values_.get() + j0 * columns_, columns_, sums_.get(),
+                         columns_, seen);
     }
     for (int64_t r = 0; r < rows; ++r) finish_row(b, n, i0 + r, r);
   }
@@ -124,8 +125,6 @@ class AttentionForwardWorker {
   const AttentionForward<T, A>* p_;
   VisibleKeys visible_;
   int64_t columns_ = 0, ld_scores_ = 0;
-  const A* v_ = nullptr;
-  int64_t v_row_ = 0;
   Workspace<A> panels_, scores_, sums_, largest_, total_, queries_, scratch_, values_;
 };
 
