@@ -4,15 +4,15 @@
 //   S (rows, keys)  = Q K^T     K in panels, transposed: [panel][D][lanes], zero past the last key
 //   O (rows, Dv)   += P V       V in panels of a few columns: [group of columns][S][lanes]
 // and backward's likewise; the left side's numbers are broadcast, so it may be transposed where it lies. Sums are
-// chains of kChain terms along K, from the first key on, so a row's bits do not depend on the batch, its place in it or
-// the threads.
+// pieces of kTermBlock terms, added in order, from a block's first key on, so a row's bits do not depend on the batch,
+// its place in it or the threads.
 #pragma once
 
 constexpr int64_t kQueryBlock = 48;  // a whole number of tiles
 constexpr int64_t kKeyBlock = 512;
-constexpr int64_t kTermBlock = 64;  // terms of a product with P that are taken before the next columns
+constexpr int64_t kTermBlock = 256;  // terms of a sum that are added up in registers
 constexpr int kTileRows = 6;
-static_assert(kKeyBlock % kChain == 0 && kQueryBlock % kTileRows == 0, "blocks have whole chains and tiles");
+static_assert(kKeyBlock % kTermBlock == 0 && kQueryBlock % kTileRows == 0, "blocks have whole pieces and tiles");
 
 // A block of scores: rows begin a cache line further than a power of two, or their columns would share one set of it.
 template <class A>
@@ -32,9 +32,9 @@ FASTSEQ_INLINE void score_tile(int64_t rows, const A* a, int64_t a_row, int64_t 
                                Range k, A* c, int64_t ldc, bool accumulate) {
   if constexpr (MR > 0) {
     if (rows < MR) return score_tile<NV, MR - 1, A>(rows, a, a_row, a_column, b, b_row, k, c, ldc, accumulate);
-    for (int64_t k0 = k.begin; k0 < k.end; k0 += kChain)
+    for (int64_t k0 = k.begin; k0 < k.end; k0 += kTermBlock)
       tile<MR, NV, 1, A>(a + k0 * a_column, a_row, a_column, b + k0 * b_row, b_row, 0,
-                         k.end - k0 < kChain ? k.end - k0 : kChain, c, ldc, accumulate || k0 > k.begin);
+                         k.end - k0 < kTermBlock ? k.end - k0 : kTermBlock, c, ldc, accumulate || k0 > k.begin);
   }
 }
 
@@ -191,6 +191,20 @@ FASTSEQ_INLINE T sum_of_lanes(Vec<T> v, Lanes<lane...> lanes) {
 template <class T>
 FASTSEQ_INLINE T sum_of_lanes(Vec<T> v) {
   return sum_of_lanes(v, typename CountLanes<Vec<T>::size>::type{});
+}
+
+template <int D, class T, int... lane>
+FASTSEQ_INLINE T largest_lane(Vec<T> v, Lanes<lane...> lanes) {
+  if constexpr (D == 0) {
+    return v.v[0];
+  } else {
+    const Vec<T> other = shuffle<((lane ^ D) % Vec<T>::size)...>(v, v);
+    return largest_lane<D / 2>(Vec<T>(other.v > v.v ? other.v : v.v), lanes);
+  }
+}
+template <class T>
+FASTSEQ_INLINE T largest_lane(Vec<T> v) {
+  return largest_lane<Vec<T>::size / 2>(v, typename CountLanes<Vec<T>::size>::type{});
 }
 
 // The keys that rows [i0, i1) of the queries see, and of those each row for itself, relative to a block of keys.

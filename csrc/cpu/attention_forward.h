@@ -84,9 +84,7 @@ class AttentionForwardWorker {
         const V x = V::load(s + j);
         most = x.v > most.v ? x.v : most.v;
       }
-      A largest = largest_.get()[r];
-      const A before = largest;
-      for (int64_t l = 0; l < size; ++l) largest = most.v[l] > largest ? most.v[l] : largest;
+      const A before = largest_.get()[r], here = largest_lane(most), largest = here > before ? here : before;
       const V shift(largest == hidden ? A(0) : largest);
       V sum(0);
       for (int64_t j = begin; j < end; j += size) {
@@ -95,7 +93,9 @@ class AttentionForwardWorker {
         e.store(s + j);
       }
       A total = total_.get()[r];
-      if (before != largest) {
+      if (before == hidden) {  // nothing yet
+        largest_.get()[r] = largest;
+      } else if (before != largest) {
         const A factor = exp2_of_score(V(before) - shift).v[0];
         total *= factor;
         A* const sums = sums_.get() + r * columns_;
