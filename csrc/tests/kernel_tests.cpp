@@ -1,11 +1,12 @@
-// The kernels of every instruction set that this machine runs, without torch: each cell of the list, in float, double
-// and bfloat16, forward and backward.
+// The kernels of every instruction set that this machine runs, without torch: attention and each cell of the list, in
+// float, double and bfloat16, forward and backward.
 //
 //   fastseq_kernel_tests [--quick]      --quick: fewer sizes, for emulators and checkers
 //   FASTSEQ_ISA=name                    only that instruction set
 #include <cstdlib>
 #include <exception>
 
+#include "attention_check.h"
 #include "cpu/memory.h"
 #include "layer.h"
 #include "oracle.h"
@@ -351,6 +352,15 @@ void check_isa(Report& report, const Kernels& kernels, bool quick) {
   section("exp, sigmoid, tanh", [&] {
     check_vec_math<float>(report, kernels, quick);
     check_vec_math<double>(report, kernels, quick);
+  });
+  section("attention", [&] {
+    const std::string of = kernels.isa;
+    report.where = of + " float32";
+    check_attention(report, kernels.f32, epsilon<float>(), kForwardBound, quick);
+    report.where = of + " float64";
+    check_attention(report, kernels.f64, epsilon<double>(), kForwardBound, quick);
+    report.where = of + " bfloat16";
+    check_attention(report, kernels.bf16, epsilon<bfloat16>(), kBfloat16Bound, quick);
   });
   for (int cell = 0; cell < cpu::kCells; ++cell) {
     const CellFacts& facts = kernels.cells[cell];
