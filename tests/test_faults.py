@@ -18,6 +18,7 @@ CELLS, DRIVER, PANEL = "csrc/cells.h", "csrc/cpu/rnn_driver.h", "csrc/cpu/panel.
 GEMM, DIRECT = "csrc/cpu/gemm.h", "csrc/cpu/direct.h"
 PARALLEL, VECTORS = "csrc/cpu/parallel.h", "csrc/cpu/vec.h"
 FORWARD, BACKWARD = "csrc/cpu/rnn_forward.h", "csrc/cpu/rnn_backward.h"
+ATTENTION_FORWARD, ATTENTION_BACKWARD = "csrc/cpu/attention_forward.h", "csrc/cpu/attention_backward.h"
 
 # name: file, what is there once, what it becomes
 FAULTS = {
@@ -64,6 +65,36 @@ FAULTS = {
         PANEL,
         "to[2 * u + 1] = from[ld + u];",
         "to[2 * u + 1] = from[u];",
+    ),
+    "attention: what was summed before a larger score is not rescaled": (
+        ATTENTION_FORWARD,
+        "(V::load(sums + j) * V(factor)).store(sums + j);",
+        "V::load(sums + j).store(sums + j);",
+    ),
+    "attention: the last key of a band is left out": (
+        "csrc/attention_params.h",
+        "i + high < keys ? i + high + 1 : keys",
+        "i + high < keys ? i + high : keys",
+    ),
+    "attention: grouped heads read the first keys": (
+        ATTENTION_FORWARD,
+        "pack_rows(p_->v.at(b, kv_head, j0)",
+        "pack_rows(p_->v.at(b, 0, j0)",
+    ),
+    "attention, backward: delta is left out": (
+        ATTENTION_BACKWARD,
+        "probability * (V::load(d + j) - less) * factor",
+        "probability * V::load(d + j) * factor",
+    ),
+    "attention, backward: a part's dQ is left out": (
+        ATTENTION_BACKWARD,
+        "for (int64_t n = 1; n < parts; ++n) sum = sum +",
+        "for (int64_t n = 1; n < 1; ++n) sum = sum +",
+    ),
+    "attention, backward: of keys, queries that see them late are left out": (
+        ATTENTION_BACKWARD,
+        "end = j0_ + c1 - p_->band.low - i0_",
+        "end = j0_ + c1 - p_->band.low - i0_ - 1",
     ),
     "direct: the last numbers of a sum are left out": (DIRECT, "add(Part<0>{}, k, k_size - k);", ""),
 }
