@@ -3,6 +3,23 @@
 // never leave the cache.
 #pragma once
 
+// Output and lse of a row from the state of its softmax.
+template <class T>
+void write_row(const AttentionForward<T, Compute<T>>& p, int64_t b, int64_t n, int64_t i, Compute<T> largest,
+               Compute<T> total, const Compute<T>* sums) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  T* const out = p.out.at(b, n, i);
+  const V factor(total == 0 ? A(0) : A(1) / total);
+  for (int64_t j = 0; j < p.value_size; j += V::size) {
+    const int64_t valid = p.value_size - j;
+    (V::load(sums + j, valid) * factor).store(out + j, valid);
+  }
+  p.lse[(b * p.heads + n) * p.queries + i] =
+      total == 0 ? -static_cast<A>(__builtin_inf())
+                 : static_cast<A>(largest * kLn2 + __builtin_log(static_cast<double>(total)));
+}
+
 template <class T>
 class AttentionForwardWorker {
  public:
@@ -65,7 +82,8 @@ class AttentionForwardWorker {
       accumulate_product(scores_.get(), ld_scores_, 1, rows, here, values_.get() + j0 * columns_, columns_, sums_.get(),
                          columns_, seen);
     }
-    for (int64_t r = 0; r < rows; ++r) finish_row(b, n, i0 + r, r);
+    for (int64_t r = 0; r < rows; ++r)
+      write_row(*p_, b, n, i0 + r, largest_.get()[r], total_.get()[r], sums_.get() + r * columns_);
   }
 
   // Of row r, the scores of the keys that it sees become their exponentials, those of others that the product reads
@@ -110,37 +128,8 @@ class AttentionForwardWorker {
     }
   }
 
-  void finish_row(int64_t b, int64_t n, int64_t i, int64_t r) {
-    const A total = total_.get()[r];
-    const A* const sums = sums_.get() + r * columns_;
-    T* const out = p_->out.at(b, n, i);
-    const V factor(total == 0 ? A(0) : A(1) / total);
-    for (int64_t j = 0; j < p_->value_size; j += V::size)
-      (V::load(sums + j) * factor).store(out + j, p_->value_size - j);
-    p_->lse[(b * p_->heads + n) * p_->queries + i] =
-        total == 0 ? -static_cast<A>(__builtin_inf())
-                   : static_cast<A>(largest_.get()[r] * kLn2 + __builtin_log(static_cast<double>(total)));
-  }
-
   const AttentionForward<T, A>* p_;
   VisibleKeys visible_;
   int64_t columns_ = 0, ld_scores_ = 0;
   Workspace<A> panels_, scores_, sums_, largest_, total_, queries_, scratch_, values_;
 };
-
-template <class T>
-void attention_forward(const AttentionForward<T, Compute<T>>& p) {
-  const int64_t groups = p.batch * p.kv_heads;
-  if (groups == 0 || p.queries == 0) return;
-  // A head's queries in as many parts as keep all threads busy to the end.
-  const int64_t blocks = (p.queries + kQueryBlock - 1) / kQueryBlock;
-  const int64_t wanted = (4 * p.threads + groups - 1) / groups;
-  const int64_t parts = p.threads == 1 ? 1 : wanted < blocks ? wanted : blocks;
-  parallel_tasks(p.threads, groups * parts, [&] {
-    return [worker = AttentionForwardWorker<T>(p), &p, parts, blocks](int64_t task) mutable {
-      const Range mine = part(blocks, task % parts, parts);
-      const int64_t group = task / parts, end = mine.end * kQueryBlock;
-      worker.run(group / p.kv_heads, group % p.kv_heads, mine.begin * kQueryBlock, end < p.queries ? end : p.queries);
-    };
-  });
-}

@@ -45,6 +45,7 @@ namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
 #include "rnn_backward.h"
 #include "attention_driver.h"
 #include "attention_forward.h"
+#include "attention_few.h"
 #include "attention_backward.h"
 #include "probe.h"
 
