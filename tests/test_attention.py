@@ -24,13 +24,14 @@ SIZES = {
     "blocks": (1, 2, 1, 97, 513, 64, 64),
     "parts": (1, 1, 1, 49, 1300, 16, 40),
     "wide": (1, 1, 1, 13, 70, 130, 512),
+    "wide blocks": (1, 2, 1, 20, 70, 130, 300),
 }
 BANDS = [(None, None), (None, 0), (-3, 2), (2, None), (-200, -150), (None, -40), (300, 1000)]
 MASKS = [None, "b:BNLS", "b:L1", "b:1S", "f:NLS", "f:B11S", "f:L1", "f:1", "f:BNLS"]
 CASES = list(
     {
         (size, BANDS[k % len(BANDS)], MASKS[k // 3 % len(MASKS)]): None
-        for k, size in enumerate(itertools.islice(itertools.cycle(SIZES), 7 * len(MASKS)))
+        for k, size in enumerate(itertools.islice(itertools.cycle(SIZES), 8 * len(MASKS)))
     }
 )
 

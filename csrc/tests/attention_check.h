@@ -20,6 +20,7 @@ const AttentionShape kAttentionShapes[] = {
     {2, 1, 1, 13, 130, 8, 20, 40, kOpen, 4},   {1, 1, 1, 55, 1040, 5, 3, -kOpen, kOpen, 0},
     {1, 1, 1, 101, 515, 33, 64, -100, 400, 2}, {1, 2, 1, 6, 600, 130, 65, -kOpen, kOpen, 1},
     {1, 1, 1, 5, 0, 3, 2, -kOpen, kOpen, 0},   {1, 1, 1, 0, 5, 3, 2, -kOpen, kOpen, 2},
+    {1, 2, 1, 20, 600, 130, 65, -kOpen, 500, 4},
     {1, 1, 1, 30, 40, 3, 2, 100, kOpen, 0},  // nobody sees anything
 };
 constexpr int kQuickAttentionShapes = 5;
