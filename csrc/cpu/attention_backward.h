@@ -95,8 +95,9 @@ class ScoreGradients {
     last = last < keys_ ? last : keys_;
     int64_t begin = first, end = first;
     if (mine.begin < mine.end && lse != -static_cast<A>(__builtin_inf())) {
-      begin = mine.begin / size * size, end = (mine.end + size - 1) / size * size;
-      hide_outside(s, mine, {begin, end});
+      const Range vectors = whole_vectors_of<A>(mine);
+      begin = vectors.begin, end = vectors.end;
+      hide_outside(s, mine, vectors);
       if (p_->mask.present()) mask_row(p_->mask, mask_offset, j0_, mine, s);
       const V shift(lse * static_cast<A>(kLog2e)), less(delta), factor(factor_);
       for (int64_t j = begin; j < end; j += size) {

@@ -145,6 +145,13 @@ void pack_scores_panel(const T* rows, int64_t stride, int64_t n, int64_t size, i
     for (int64_t i = 0; i < size * Shape::width; i += V::size) (V::load(panel + i) * V(factor)).store(panel + i);
 }
 
+// The whole vectors in which columns are.
+template <class A>
+FASTSEQ_INLINE Range whole_vectors_of(Range columns) {
+  constexpr int64_t V = Vec<A>::size;
+  return {columns.begin / V * V, (columns.end + V - 1) / V * V};
+}
+
 // Columns of `vectors` that are not of `mine`.
 template <class A>
 FASTSEQ_INLINE void hide_outside(A* scores, Range mine, Range vectors) {
@@ -205,6 +212,37 @@ FASTSEQ_INLINE T largest_lane(Vec<T> v, Lanes<lane...> lanes) {
 template <class T>
 FASTSEQ_INLINE T largest_lane(Vec<T> v) {
   return largest_lane<Vec<T>::size / 2>(v, typename CountLanes<Vec<T>::size>::type{});
+}
+
+// The scores of a row that are of `mine` become exponentials, in units of 2^largest, the others within their vectors
+// zero. largest: of them and of `before`, those of earlier keys.
+template <class A>
+struct Exponentials {
+  A largest, total;
+};
+template <class T>
+Exponentials<Compute<T>> exponentiate(const AttentionMask<T>& mask, int64_t mask_offset, int64_t j0, Range mine,
+                                      Compute<T> before, Compute<T>* s) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  const Range vectors = whole_vectors_of<A>(mine);
+  hide_outside(s, mine, vectors);
+  if (mask.present()) mask_row(mask, mask_offset, j0, mine, s);
+  const A hidden = -static_cast<A>(__builtin_inf());
+  V most(hidden);
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) {
+    const V x = V::load(s + j);
+    most = x.v > most.v ? x.v : most.v;
+  }
+  const A here = largest_lane(most), largest = here > before ? here : before;
+  const V shift(largest == hidden ? A(0) : largest);
+  V sum(0);
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) {
+    const V e = exp2_of_score(V::load(s + j) - shift);
+    sum = sum + e;
+    e.store(s + j);
+  }
+  return {largest, sum_of_lanes(sum)};
 }
 
 // The keys that rows [i0, i1) of the queries see, and of those each row for itself, relative to a block of keys.

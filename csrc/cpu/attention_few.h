@@ -59,25 +59,10 @@ class FewQueriesWorker {
     state.largest() = hidden, state.total() = 0;
     memset(state.sums(), 0, p_->value_size * sizeof(A));
     if (mine.begin >= mine.end) return;
-    const int64_t begin = mine.begin / size * size, end = (mine.end + size - 1) / size * size;
     const V factor(static_cast<A>(p_->scale * kLog2e));
-    for (int64_t j = begin; j < mine.end; j += size) (V::load(s + j) * factor).store(s + j);
-    hide_outside(s, mine, {begin, end});
-    if (p_->mask.present()) mask_row(p_->mask, p_->mask.offset(b, n, i), j0, mine, s);
-    V most(hidden);
-    for (int64_t j = begin; j < end; j += size) {
-      const V x = V::load(s + j);
-      most = x.v > most.v ? x.v : most.v;
-    }
-    state.largest() = largest_lane(most);
-    const V shift(state.largest() == hidden ? A(0) : state.largest());
-    V sum(0);
-    for (int64_t j = begin; j < end; j += size) {
-      const V e = exp2_of_score(V::load(s + j) - shift);
-      sum = sum + e;
-      e.store(s + j);
-    }
-    state.total() = sum_of_lanes(sum);
+    for (int64_t j = whole_vectors_of<A>(mine).begin; j < mine.end; j += size) (V::load(s + j) * factor).store(s + j);
+    const Exponentials<A> e = exponentiate(p_->mask, p_->mask.offset(b, n, i), j0, mine, hidden, s);
+    state.largest() = e.largest, state.total() = e.total;
     int64_t c = 0;
     const auto add = [&](auto count) __attribute__((always_inline)) {
       constexpr int NV = decltype(count)::value;

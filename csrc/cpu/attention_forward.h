@@ -89,43 +89,23 @@ class AttentionForwardWorker {
   // Of row r, the scores of the keys that it sees become their exponentials, those of others that the product reads
   // zero.
   void softmax_row(int64_t b, int64_t n, int64_t i, int64_t r, int64_t j0, Range mine, Range read) {
-    constexpr int64_t size = V::size;
     A* const s = scores_.get() + r * ld_scores_;
-    const A hidden = -static_cast<A>(__builtin_inf());
-    // Whole vectors from here to there; the lanes beyond are hidden.
-    const int64_t begin = mine.begin / size * size, end = (mine.end + size - 1) / size * size;
-    if (mine.begin < mine.end) {
-      hide_outside(s, mine, {begin, end});
-      if (p_->mask.present()) mask_row(p_->mask, p_->mask.offset(b, n, i), j0, mine, s);
-      V most(hidden);
-      for (int64_t j = begin; j < end; j += size) {
-        const V x = V::load(s + j);
-        most = x.v > most.v ? x.v : most.v;
-      }
-      const A before = largest_.get()[r], here = largest_lane(most), largest = here > before ? here : before;
-      const V shift(largest == hidden ? A(0) : largest);
-      V sum(0);
-      for (int64_t j = begin; j < end; j += size) {
-        const V e = exp2_of_score(V::load(s + j) - shift);
-        sum = sum + e;
-        e.store(s + j);
-      }
-      A total = total_.get()[r];
-      if (before == hidden) {  // nothing yet
-        largest_.get()[r] = largest;
-      } else if (before != largest) {
-        const A factor = exp2_of_score(V(before) - shift).v[0];
-        total *= factor;
-        A* const sums = sums_.get() + r * columns_;
-        for (int64_t j = 0; j < columns_; j += size) (V::load(sums + j) * V(factor)).store(sums + j);
-        largest_.get()[r] = largest;
-      }
-      total_.get()[r] = total + sum_of_lanes(sum);
-      for (int64_t j = read.begin; j < begin; ++j) s[j] = 0;
-      for (int64_t j = end; j < read.end; ++j) s[j] = 0;
-    } else {
-      for (int64_t j = read.begin; j < read.end; ++j) s[j] = 0;
+    const bool any = mine.begin < mine.end;
+    const Range written = any ? whole_vectors_of<A>(mine) : Range{read.end, read.end};
+    for (int64_t j = read.begin; j < written.begin; ++j) s[j] = 0;
+    for (int64_t j = written.end; j < read.end; ++j) s[j] = 0;
+    if (!any) return;
+    A &largest = largest_.get()[r], &total = total_.get()[r];
+    const A before = largest;
+    const Exponentials<A> e = exponentiate(p_->mask, p_->mask.offset(b, n, i), j0, mine, before, s);
+    largest = e.largest;
+    if (before != largest && before != -static_cast<A>(__builtin_inf())) {
+      const A factor = exp2_of_score(V(before - largest)).v[0];
+      total *= factor;
+      A* const sums = sums_.get() + r * columns_;
+      for (int64_t j = 0; j < columns_; j += V::size) (V::load(sums + j) * V(factor)).store(sums + j);
     }
+    total += e.total;
   }
 
   const AttentionForward<T, A>* p_;
