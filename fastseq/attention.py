@@ -72,21 +72,22 @@ def scaled_dot_product_attention(
         ValueError: a negative window, dropout outside [0, 1), an unknown alignment.
         NotImplementedError: dropout, or a device without a kernel.
     """
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be within [0, 1); got {dropout_p}")
-    if dropout_p > 0:
+    if dropout_p:
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be within [0, 1); got {dropout_p}")
         raise NotImplementedError(f"dropout_p must be 0, as attention has no dropout yet; got {dropout_p}")
     if is_causal and attn_mask is not None:
         raise RuntimeError("attn_mask must be None where is_causal is set; give the causal mask in it, or neither")
-    for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.dim() < 2:
-            raise RuntimeError(f"{name} must be (..., rows, size), of two dimensions or more; got {tuple(t.shape)}")
-    if query.dtype == torch.float16:
-        as_float = [t if t is None or t.dtype == torch.bool else t.float() for t in (query, key, value, attn_mask)]
-        out, lse = _attention(*as_float, scale, enable_gqa, _band(query, key, is_causal, window, causal_alignment))
-        return (out.half(), lse) if return_lse else out.half()
-    band = _band(query, key, is_causal, window, causal_alignment)
-    out, lse = _attention(query, key, value, attn_mask, scale, enable_gqa, band)
+    if window is None and causal_alignment == "top_left":
+        band = (None, 0 if is_causal else None)
+    else:
+        band = _band(query, key, is_causal, window, causal_alignment)
+    if query.dtype is torch.float16:
+        mask = attn_mask if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.float()
+        out, lse = _attention(query.float(), key.float(), value.float(), mask, scale, enable_gqa, band)
+        out = out.half()
+    else:
+        out, lse = _attention(query, key, value, attn_mask, scale, enable_gqa, band)
     return (out, lse) if return_lse else out
 
 
@@ -117,22 +118,25 @@ def _attention(
     enable_gqa: bool,
     band: tuple[int | None, int | None],
 ) -> tuple[Tensor, Tensor]:
-    scale = (1 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0) if scale is None else float(scale)
-    shapes = [t.shape for t in (query, key, value)]
-    if any(len(s) != 4 for s in shapes) or shapes[0][0] != shapes[1][0] or shapes[1][0] != shapes[2][0]:
+    q, k, v, leading = query.shape, key.shape, value.shape, None
+    if not (len(q) == len(k) == len(v) == 4 and q[0] == k[0] == v[0]):
+        for name, shape in (("query", q), ("key", k), ("value", v)):
+            if len(shape) < 2:
+                raise RuntimeError(f"{name} must be (..., rows, size), of two dimensions or more; got {tuple(shape)}")
         query, key, value, attn_mask, leading = _to_heads(query, key, value, attn_mask, enable_gqa)
-    else:
-        leading = None
-    if not enable_gqa and key.shape[1] != query.shape[1]:
-        if query.shape[1] != 1 and key.shape[1] != 1:
+        q, k, v = query.shape, key.shape, value.shape
+    if not enable_gqa and not q[1] == k[1] == v[1]:
+        if len({q[1], k[1], v[1]} - {1}) > 1:
             raise RuntimeError(
                 f"query, key and value must have the same number of heads, unless enable_gqa=True; "
-                f"got {query.shape[1]} and {key.shape[1]}"
+                f"got {q[1]}, {k[1]} and {v[1]}"
             )
         query, key, value = _same_heads(query, key, value)
+    if scale is None:
+        scale = q[-1] ** -0.5 if q[-1] else 1.0
     if not is_compiling() and is_transformed():
         out, lse = reference.attention(query, key, value, attn_mask, scale=scale, low=band[0], high=band[1])
-        lse = lse if lse.dtype == torch.float64 else lse.float()
+        lse = lse.to(_sums(query.dtype))
     else:
         out, lse = _attention_forward(query, key, value, attn_mask, scale, *band)
     if leading is not None:

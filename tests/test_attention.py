@@ -140,6 +140,7 @@ def test_gradcheck(options, mask):
     ((2, 2, 3, 5, 4), (2, 2, 3, 7, 4), (2, 2, 3, 7, 3)),
     ((2, 1, 5, 4), (1, 3, 7, 4), (1, 3, 7, 3)),
     ((1, 3, 5, 4), (2, 3, 7, 4), (2, 1, 7, 3)),
+    ((2, 3, 5, 4), (2, 3, 7, 4), (2, 1, 7, 3)),
     ((0, 3, 5, 4), (0, 3, 7, 4), (0, 3, 7, 3)),
     ((2, 3, 0, 4), (2, 3, 7, 4), (2, 3, 7, 3)),
 ])  # fmt: skip
@@ -303,7 +304,7 @@ BAD = {
     "query": ((A[0, 0, 0], A, A), {}, "query must be .*two dimensions or more; got \\(8,\\)"),
     "size": ((A, A[..., :4], A), {}, "key must be .*; got \\[1, 2, 5, 4\\]"),
     "keys": ((A, A, A[:, :, :3]), {}, "value must be .*; got \\[1, 2, 3, 8\\]"),
-    "heads": ((A.repeat(1, 3, 1, 1), A, A), {}, "same number of heads, unless enable_gqa=True; got 6 and 2"),
+    "heads": ((A.repeat(1, 3, 1, 1), A, A), {}, "same number of heads, unless enable_gqa=True; got 6, 2 and 2"),
     "groups": ((A.repeat(1, 2, 1, 1)[:, :3], A, A), {"enable_gqa": True}, "multiple of those of key .*; got 3 and 2"),
     "dtype": ((A, A.double(), A), {}, "key must be of query's dtype, Float; got Double"),
     "integers": ((A.int(), A.int(), A.int()), {}, "float32, float64 and bfloat16; got Int"),
