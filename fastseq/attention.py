@@ -158,14 +158,10 @@ def _to_heads(
     if not enable_gqa:
         heads = list(torch.broadcast_shapes(*[(n,) for n in heads])) * 3
     batch = torch.broadcast_shapes(*[t.shape[:-3] for t in tensors])
-    out = []
-    for t, n in zip(tensors, heads, strict=True):
-        rows = t.shape[-2:]
-        out.append(
-            t.expand(*batch, n, *rows).reshape(-1 if batch else 1, n, *rows)
-            if t.numel() or not batch
-            else t.new_empty(math.prod(batch), n, *rows)
-        )
+    out = [
+        t.expand(*batch, n, *t.shape[-2:]).reshape(math.prod(batch), n, *t.shape[-2:])
+        for t, n in zip(tensors, heads, strict=True)
+    ]
     leading = (*batch, heads[0]) if max(t.dim() for t in tensors) > 2 else ()
     if attn_mask is not None and attn_mask.dim() > 3 and len(batch) != 1:
         rows = attn_mask.shape[-3:]
