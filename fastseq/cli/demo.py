@@ -16,7 +16,7 @@ from fastseq.cli.output import probe, write
 from fastseq.cli.progress import progress_bar
 from fastseq.demo import model, ngram
 from fastseq.demo.race import CELLS, LIBRARIES, Race, Settings
-from fastseq.demo.report import RATIO_BARS, CellReport, loss_curves
+from fastseq.demo.report import FLOAT32_BOUND, RATIO_BARS, CellReport, loss_curves
 from fastseq.demo.text import Corpus, TextError, read_corpus, standard_library
 
 FLOAT64_STEPS = 50
@@ -101,6 +101,11 @@ def _run_cell(race: Race, cell: str, corpus: Corpus, sample: int, baseline: floa
         raise
     report = _report(race, precise, cell, complete=True)
     reports.append(report)
+    if report.float32_difference > FLOAT32_BOUND:
+        click.echo(
+            f"{cell}: the losses differ by {report.float32_difference:.1e}; what rounding alone does to torch.nn's ..."
+        )
+        report.float32_drift = race.drift()
     report.bits = {name: model.bits_per_character(side.model, corpus.validation) for name, side in race.sides.items()}
     ids = model.generate(race.sides["fastseq"].model, corpus.encode(PROMPT), sample, temperature=0.7, seed=0)
     report.sample = PROMPT + corpus.decode(ids)

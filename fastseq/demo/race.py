@@ -70,7 +70,7 @@ class Race:
     """
 
     def __init__(self, cell: str, text: np.ndarray, vocabulary: int, settings: Settings) -> None:
-        self.settings = settings
+        self.cell, self.vocabulary, self.settings = cell, vocabulary, settings
         self.windows = (len(text) - 1) // settings.seq
         if self.windows < settings.batch:
             raise TextError(
@@ -122,12 +122,30 @@ class Race:
 
     def difference(self) -> float:
         """The largest difference between the two sides' losses at a step that both have done; NaN is infinite."""
-        fast, torch_nn = (side.losses for side in self.sides.values())
-        differences = [abs(a - b) for a, b in zip(fast, torch_nn, strict=False)]  # uneven where it was interrupted
-        return max((d if math.isfinite(d) else math.inf for d in differences), default=0.0)
+        return _largest_difference(*(side.losses for side in self.sides.values()))
+
+    def drift(self) -> float:
+        """How far torch.nn's losses go from themselves when its initial weights are off by one rounding error.
+
+        Training can multiply a rounding error from step to step, on one text and not on another. Then two libraries
+        that are both right go as far from each other as either does from itself.
+        """
+        again = Race(self.cell, self.text.numpy(), self.vocabulary, self.settings).sides["torch.nn"]
+        with torch.no_grad():
+            for parameter in again.model.parameters():
+                parameter.mul_(1 + torch.finfo(parameter.dtype).eps)
+        before = self.sides["torch.nn"].losses
+        for step in range(len(before)):
+            self._step(again, step)
+        return _largest_difference(again.losses, before)
 
     def characters_per_second(self, name: str) -> float:
         """From the median step; the first block warms up and is left out where there are others."""
         seconds = self.sides[name].seconds
         tokens = self.settings.batch * self.settings.seq
         return tokens / statistics.median(seconds[BLOCK:] or seconds)
+
+
+def _largest_difference(a: list[float], b: list[float]) -> float:
+    differences = [abs(x - y) for x, y in zip(a, b, strict=False)]  # uneven where it was interrupted
+    return max((d if math.isfinite(d) else math.inf for d in differences), default=0.0)
