@@ -148,14 +148,13 @@ class AttentionBackwardWorker {
   using A = Compute<T>;
   using V = Vec<A>;
 
-  // dq: (B, N, L, size in whole vectors), zero.
-  AttentionBackwardWorker(const AttentionBackward<T, A>& p) : p_(&p), scores_(p, p.scale) {
+  explicit AttentionBackwardWorker(const AttentionBackward<T, A>& p) : p_(&p), scores_(p, p.scale) {
     columns_ = whole_vectors<T>(p.size), value_columns_ = whole_vectors<T>(p.value_size);
     delta_.allocate(p.heads / p.kv_heads * p.queries);
     dk_.allocate(kGradientKeys * columns_), dv_.allocate(kGradientKeys * value_columns_);
   }
 
-  // Keys [j0, j1). dq: of a head, from one to the next, from one row to the next.
+  // Keys [j0, j1). dq is added to: of the first head, and the numbers to the next head and to the next row.
   void run(int64_t b, int64_t kv_head, int64_t j0, int64_t j1, A* dq, int64_t dq_head, int64_t dq_row) {
     const int64_t group = p_->heads / p_->kv_heads, first = kv_head * group;
     for (int64_t n = 0; n < group; ++n) attention_delta(*p_, b, first + n, delta_.get() + n * p_->queries);
