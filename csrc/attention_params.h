@@ -14,7 +14,16 @@ struct Heads {
   T* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;  // numbers from one to the next
 
-  T* at(int64_t b, int64_t n, int64_t r) const { return data + b * batch + n * head + r * row; }
+  T* at(int64_t n, int64_t r) const { return data + n * head + r * row; }
+};
+
+// A number for each query, (B, N, L); those of a head lie side by side.
+template <class A>
+struct RowNumbers {
+  A* data = nullptr;
+  int64_t batch = 0, head = 0;
+
+  A* of(int64_t n) const { return data + n * head; }
 };
 
 // What a score is masked with, (B, N, L, S) by any strides, 0 where it is broadcast. At most one of the two is there.
@@ -24,7 +33,6 @@ struct AttentionMask {
   const T* bias = nullptr;           // is added to the score
   int64_t batch = 0, head = 0, row = 0, column = 0;
 
-  int64_t offset(int64_t b, int64_t n, int64_t i) const { return b * batch + n * head + i * row; }
   bool present() const { return visible || bias; }
 };
 
@@ -39,30 +47,62 @@ struct Band {
   int64_t end(int64_t i, int64_t keys) const { return i + high < 0 ? 0 : i + high < keys ? i + high + 1 : keys; }
 };
 
-template <class T>
+// The rows of batch entry b where they differ: either [starts[b], starts[b + 1]) of one sequence that holds all, or
+// the first lengths[b] of its own.
+struct Ragged {
+  const int64_t* starts = nullptr;
+  const int64_t* lengths = nullptr;
+
+  int64_t first(int64_t b) const { return starts ? starts[b] : 0; }
+  int64_t count(int64_t b, int64_t all) const {
+    return starts ? starts[b + 1] - starts[b] : lengths ? lengths[b] : all;
+  }
+};
+
+// Which probabilities are dropped: those whose number of 16 bits (random.h) is below the threshold.
+struct AttentionDropout {
+  uint32_t threshold = 0;  // 0: none
+  uint64_t seed = 0;
+
+  double kept() const { return 65536.0 / (65536 - threshold); }  // what the others are multiplied with
+};
+
+// T: what tensors are of; A: what is computed in.
+template <class T, class A>
 struct Attention {
   int64_t batch = 0, heads = 0, kv_heads = 0;  // heads is a multiple of kv_heads: head n reads kv head n N_kv / N
-  int64_t queries = 0, keys = 0;
-  int64_t size = 0, value_size = 0;  // D, Dv
+  int64_t queries = 0, keys = 0;               // of ragged ones the most
+  int64_t size = 0, value_size = 0;            // D, Dv
   Heads<const T> q, k, v;
+  Ragged ragged_queries, ragged_keys;
   AttentionMask<T> mask;
   Band band;
+  bool from_end =
+      false;  // for the band and the slopes, the last query is beside the last key, not the first by the first
+  const A* slopes = nullptr;  // ALiBi: less slope |j - i|; (B, N) by the strides
+  int64_t slopes_batch = 0, slopes_head = 0;
   double scale = 1;
+  double softcap = 0;  // c > 0: scale Q K^T becomes c tanh(scale Q K^T / c)
+  AttentionDropout dropout;
   int threads = 1;
+
+  // Of one batch entry (select):
+  int64_t diagonal = 0;    // the key beside query 0
+  int64_t first_head = 0;  // heads of the batch entries before
 };
 
 template <class T, class A>
-struct AttentionForward : Attention<T> {
-  Heads<T> out;      // (B, N, L, Dv)
-  A* lse = nullptr;  // (B, N, L) log of the sum of the exponentials of a row's scores; -inf where no key is seen
+struct AttentionForward : Attention<T, A> {
+  Heads<T> out;       // (B, N, L, Dv)
+  RowNumbers<A> lse;  // log of the sum of the exponentials of a row's scores; -inf where no key is seen
 };
 
 template <class T, class A>
-struct AttentionBackward : Attention<T> {
+struct AttentionBackward : Attention<T, A> {
   Heads<const T> out, d_out;
-  const A* lse = nullptr;
-  const A* d_lse = nullptr;  // (B, N, L) or null for zeros
-  Heads<T> dq, dk, dv;       // overwritten
+  RowNumbers<const A> lse;
+  RowNumbers<const A> d_lse;  // or null for zeros
+  Heads<T> dq, dk, dv;        // overwritten; rows that ragged batches have not are left as they are
 };
 
 // The gradient of an additive mask, in a pass of its own.

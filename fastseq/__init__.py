@@ -2,7 +2,7 @@
 
 from fastseq._load import _C  # isort: skip  (first: it says in one sentence what is missing)
 from fastseq import ops, reference
-from fastseq.attention import scaled_dot_product_attention
+from fastseq.attention import scaled_dot_product_attention, varlen_attention
 from fastseq.convert import ConversionReport, convert, to_torch
 from fastseq.explain import Explanation, explain
 from fastseq.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -31,4 +31,5 @@ __all__ = [
     "reference",
     "scaled_dot_product_attention",
     "to_torch",
+    "varlen_attention",
 ]

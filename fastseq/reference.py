@@ -15,7 +15,9 @@ and a cell maps (gx, gh, the old state) to the new state. `docs/math.md` has the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -295,33 +297,131 @@ def _alive(lengths: Tensor, x: Tensor) -> Tensor:
     return (torch.arange(T).unsqueeze(1) < lengths).unsqueeze(-1).to(x.device)
 
 
+# ---- Attention -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionPiece:
+    """Queries whose scores are computed at once: `rows` of the tensor, the `first` of them of that number in its entry.
+
+    entry: of a ragged batch, the batch entry, with its numbers of queries and keys; else None, the queries are of all.
+    """
+
+    rows: slice
+    keys: slice
+    first: int
+    queries: int
+    entry: int | None = None
+
+
+def attention_pieces(
+    query: Tensor,
+    key: Tensor,
+    query_starts: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    most_scores: int = 1 << 22,
+) -> list[AttentionPiece]:
+    """All queries, in pieces of at most `most_scores` scores, or of one row in each head."""
+    B, N, L, S = *query.shape[:3], key.shape[2]
+    if query_starts is None or key_starts is None:
+        entries = [(slice(0, L), slice(0, S), None)]
+    else:
+        rows, keys = [list(itertools.pairwise(t.tolist())) for t in (query_starts, key_starts)]
+        entries = [(slice(*r), slice(*k), b) for b, (r, k) in enumerate(zip(rows, keys, strict=True))]
+    pieces = []
+    for row, keys, entry in entries:
+        count = row.stop - row.start
+        step = max(most_scores // max(B * N * (keys.stop - keys.start), 1), 1)
+        for first in range(0, count, step):
+            piece = slice(row.start + first, row.start + min(first + step, count))
+            pieces.append(AttentionPiece(piece, keys, first, count, entry))
+    return pieces
+
+
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None = None,
     *,
-    scale: float,
-    low: int | None = None,
-    high: int | None = None,
+    query_starts: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · Q Kᵀ + mask) V.  Vaswani et al., "Attention is all you need", 2017.
+    """softmax(score) V with score = scale · Q Kᵀ + mask.  Vaswani et al., "Attention is all you need", 2017.
+
+    Computed in pieces of the queries, so that memory is of a piece's scores, unless autograd keeps them.
 
     Args:
         query (B, N, L, D), key (B, N_kv, S, D), value (B, N_kv, S, Dv), N a multiple of N_kv: head n of queries reads
             head n·N_kv/N of keys and values (Ainslie et al., "GQA", 2023).
         attn_mask: broadcastable to (B, N, L, S): bool, False where a query does not see a key; or added to the scores.
-        low, high: query i sees key j where low ≤ j - i ≤ high; None: that side is open.
+        query_starts, key_starts: (B + 1): the rows of entry b are those from starts[b] to starts[b + 1] of tensors of
+            one batch entry.
+        options: those of `attention_piece`.
 
     Returns:
         out (B, N, L, Dv); lse (B, N, L), the log of the sum of the exponentials of a row's scores. A query that sees no
-        key has zeros, with zero gradients, and an lse of -inf.
+        key, and a row that no entry has, have zeros, with zero gradients, and an lse of -inf.
     """
-    L, S, group = query.shape[-2], key.shape[-2], query.shape[1] // max(key.shape[1], 1)
+    results = []
+    for piece in attention_pieces(query, key, query_starts, key_starts):
+        mask = attn_mask
+        if mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
+            mask = mask[..., piece.rows, :]
+        k, v = key[:, :, piece.keys], value[:, :, piece.keys]
+        results.append(attention_piece(piece, query[:, :, piece.rows], k, v, mask, **options))
+    # Rows that no entry has.
+    shape = (*query.shape[:2], query.shape[2] - sum(lse.shape[2] for _, lse in results))
+    results.append((query.new_zeros(*shape, value.shape[-1]), query.new_full(shape, -torch.inf)))
+    return torch.cat([out for out, _ in results], 2), torch.cat([lse for _, lse in results], 2)
+
+
+def attention_piece(
+    piece: AttentionPiece,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    alibi_slopes: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    low: int | None = None,
+    high: int | None = None,
+    from_end: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`attention` of the tensors' rows and keys that are a piece's.
+
+    Args:
+        query_lengths, key_lengths: (B), how many rows entry b has; the others are not there.
+        softcap: c > 0: scale · Q Kᵀ becomes c tanh(scale · Q Kᵀ / c) ("Gemma 2", 2024).
+        alibi_slopes: (N) or (B, N): less slope · |j - i|. Press et al., "Train short, test long" (ALiBi), 2022.
+        low, high: query i sees key j where low ≤ j - i ≤ high; None: that side is open.
+        from_end: in the two above, i is such that an entry's last query is beside its last key.
+        dropout_p, dropout_seed: what `dropout_multipliers` has for them multiplies the probabilities.
+    """
+    B, N, L, S = *query.shape[:3], key.shape[2]
+    group = N // max(key.shape[1], 1)
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     scores = scale * (query @ key.transpose(-2, -1))
-    distance = torch.arange(S, device=query.device) - torch.arange(L, device=query.device)[:, None]
-    hidden = torch.zeros(L, S, dtype=torch.bool, device=query.device)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    i = torch.arange(piece.first, piece.first + L, device=query.device)[:, None]
+    j = torch.arange(S, device=query.device)
+    queries, keys = [
+        count if lengths is None else lengths.view(B, 1, 1, 1)
+        for lengths, count in ((query_lengths, piece.queries), (key_lengths, S))
+    ]
+    distance = j - i - (keys - queries if from_end else 0)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes if alibi_slopes.dim() == 1 or piece.entry is None else alibi_slopes[piece.entry]
+        scores = scores - slopes.to(scores.dtype)[..., None, None] * distance.abs()
+    hidden = (i >= queries) | (j >= keys)
     if low is not None:
         hidden = hidden | (distance < low)
     if high is not None:
@@ -340,4 +440,44 @@ def attention(
         if S
         else scores.new_full(scores.shape[:-1], -torch.inf)
     )
+    if dropout_p and dropout_seed is not None:
+        heads = torch.arange(B * N, device=query.device).view(B, N, 1) + (piece.entry or 0) * N
+        p = p * dropout_multipliers(dropout_seed, dropout_p, heads, i.view(-1), S).to(p.dtype)
     return p @ value, lse
+
+
+def philox(counter: Sequence[Tensor], seed: Tensor) -> list[Tensor]:
+    """Four words of 32 random bits, for a counter of four such words and a seed of 64 bits; all in int64 tensors.
+
+    Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    """
+    word = 0xFFFFFFFF
+
+    def product(factor: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        high = (x * (factor >> 16) + (x * (factor & 0xFFFF) >> 16)) >> 16
+        return high, (x * factor) & word
+
+    c0, c1, c2, c3 = counter
+    key0, key1 = seed & word, (seed >> 32) & word
+    for _ in range(10):
+        (high0, low0), (high2, low2) = product(0xD2511F53, c0), product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ key0, low2, high0 ^ c3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & word, (key1 + 0xBB67AE85) & word
+    return [c0, c1, c2, c3]
+
+
+def dropout_multipliers(seed: Tensor, p: float, heads: Tensor, queries: Tensor, keys: int) -> Tensor:
+    """(B, N, L, S): 0 with probability p, in steps of 2⁻¹⁶, else 1 / (1 - p).
+
+    Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", 2014. A function of the
+    seed, the head's number (B, N, 1) in the batch, and the numbers of query (L) and key: `csrc/random.h` says which.
+    """
+    threshold = min(round(p * 65536), 65535)
+    groups = -(-keys // 128)
+    column = torch.arange(groups * 16, device=seed.device)
+    head, query = heads[..., None], queries[:, None]
+    zero = torch.zeros_like(column + head + query)
+    words = philox([zero + column, zero + query, zero + head, zero], seed)
+    bits = torch.stack([(w >> shift) & 0xFFFF for w in words for shift in (0, 16)], -2)  # (B, N, L, 8, groups · 16)
+    bits = bits.unflatten(-1, (groups, 16)).movedim(-2, -3).flatten(-3)[..., :keys]
+    return (bits >= threshold).double() * (65536 / (65536 - threshold))

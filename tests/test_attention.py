@@ -6,13 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attention_operators import PLAIN, backward, bound, forward, near, sdpa
 
-import fastseq
 from fastseq import _C, reference
 from fastseq.bench import memory
-
-sdpa = fastseq.scaled_dot_product_attention
-forward, backward = torch.ops.fastseq.attention_forward.default, torch.ops.fastseq.attention_backward.default
 
 # B, N, N_kv, L, S, D, Dv around the widths of vectors (2 to 16), tiles (6), panels (4 to 64), chains (64) and the
 # blocks of queries (48) and of keys (256, 512); then (low, high) and the mask's shape, "b" bool, "f" added.
@@ -50,40 +47,23 @@ def problem(size, mask, dtype, transposed=False):
         attn_mask = torch.rand(sizes) < 0.7 if kind == "b" else torch.randn(sizes)
         if letters == "BNLS":  # some rows see nothing
             attn_mask[:, :, ::3] = False if kind == "b" else -math.inf
-    cast = [t.to(dtype) if t is not None and t.dtype != torch.bool else t for t in (*tensors, attn_mask)]
-    return cast, dict(scale=0.3, low=None, high=None)
-
-
-def with_band(options, band):
-    return {**options, "low": band[0], "high": band[1]}
-
-
-def bound(dtype, factor=1.0):
-    return factor * {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
-
-
-def near(got, want, tolerance):
-    assert got.shape == want.shape
-    infinite = want == -math.inf
-    assert torch.equal(got == -math.inf, infinite)
-    error = (got.double() - want).masked_fill(infinite, 0).abs().max().item() if got.numel() else 0
-    assert error <= tolerance * max(1.0, want.masked_fill(infinite, 0).abs().max().item() if got.numel() else 1), error
+    return [t.to(dtype) if t is not None and t.dtype != torch.bool else t for t in (*tensors, attn_mask)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("size", "band", "mask"), CASES, ids=[f"{s}-{b}-{m}" for s, b, m in CASES])
 def test_forward_and_backward_against_the_reference(size, band, mask, dtype):
-    tensors, options = problem(size, mask, dtype, transposed=size in ("grouped", "blocks"))
-    options = with_band(options, band)
+    tensors = problem(size, mask, dtype, transposed=size in ("grouped", "blocks"))
+    options = PLAIN._replace(attn_mask=tensors[3], low=band[0], high=band[1])
     # The reference starts from the very numbers, in float64.
     leaves = [t if t is None or t.dtype == torch.bool else t.double().requires_grad_() for t in tensors]
     added = mask is not None and mask[0] == "f"
     if added:  # each score with a number of its own, whose gradients are summed below
         B, N, _, L, S, _, _ = SIZES[size]
         leaves[3] = leaves[3].detach().expand(B, N, L, S).clone().requires_grad_()
-    want, want_lse = reference.attention(*leaves, **options)
+    want, want_lse = reference.attention(*leaves[:3], **options._replace(attn_mask=leaves[3])._asdict())
     _C.reset_counters()
-    out, lse = forward(*tensors, *options.values())
+    out, lse = forward(*tensors[:3], *options)
     assert _C.counters() == {f"attention_forward/{str(dtype).removeprefix('torch.')}": 1}
     near(out, want, bound(dtype))
     near(lse, want_lse, bound(torch.float32 if dtype == torch.bfloat16 else dtype))
@@ -93,7 +73,7 @@ def test_forward_and_backward_against_the_reference(size, band, mask, dtype):
     needs = [True] * 3 + [len(wanted) == 4]
     seen = want_lse.masked_fill(want_lse == -math.inf, 0)
     want = torch.autograd.grad([want, seen], wanted, [d_out.double(), d_lse.double()])
-    got = backward(d_out, d_lse, *tensors, *options.values(), out, lse, needs)
+    got = backward(d_out, d_lse, *tensors[:3], *options, out, lse, needs)
     for g, w in zip(got[:3], want[:3], strict=True):
         near(g, w, bound(dtype, 4))
     if added:  # terms that cancel in a sum do not cancel in its error
@@ -128,7 +108,7 @@ WITH_MASKS = [(o, m) for o in OPTIONS for m in (None, "b:BNLS", "f:L1", "f:BNLS"
 
 @pytest.mark.parametrize(("options", "mask"), WITH_MASKS, ids=str)
 def test_gradcheck(options, mask):
-    (q, k, v, m), _ = problem((2, 4, 2, 5, 7, 3, 2), mask, torch.float64)
+    q, k, v, m = problem((2, 4, 2, 5, 7, 3, 2), mask, torch.float64)
     if mask == "f:BNLS":
         m[m == -math.inf] = -1.0  # whose neighbours gradcheck would ask about
     leaves = [t.requires_grad_() for t in (q, k, v)] + ([m.requires_grad_()] if mask and mask[0] == "f" else [])
@@ -276,16 +256,18 @@ def test_memory_grows_with_the_length_alone(options):
 
 
 def test_opcheck():
-    (q, k, v, m), options = problem("grouped", "f:NLS", torch.float64)
-    arguments = (q, k, v, m, *with_band(options, (None, 3)).values())
-    torch.library.opcheck(forward, arguments)
+    q, k, v, m = problem("grouped", "f:NLS", torch.float64)
+    seed = torch.randint(1 << 62, (1,))
+    options = PLAIN._replace(alibi_slopes=torch.rand(4), dropout_seed=seed, dropout_p=0.2, softcap=2.0, high=3)
+    torch.library.opcheck(forward, (q, k, v, *options._replace(attn_mask=m)))
     leaves = [t.clone().requires_grad_() for t in (q, k, v, m)]
-    torch.library.opcheck(forward, (*leaves, *arguments[4:]))
-    out, lse = forward(*arguments)
+    with_leaves = (*leaves[:3], *options._replace(attn_mask=leaves[3]))
+    torch.library.opcheck(forward, with_leaves)
+    out, lse = forward(q, k, v, *options._replace(attn_mask=m))
     d = [torch.randn_like(out), torch.randn_like(lse)]
-    torch.library.opcheck(backward, (*d, *arguments, out, lse, [True] * 4))
+    torch.library.opcheck(backward, (*d, q, k, v, *options._replace(attn_mask=m), out, lse, [True] * 4))
     some = [t.requires_grad_() for t in d]
-    torch.library.opcheck(backward, (*some, *leaves, *arguments[4:], out, lse, [True, False, True, False]))
+    torch.library.opcheck(backward, (*some, *with_leaves, out, lse, [True, False, True, False]))
 
 
 def test_compile_and_transforms():
@@ -320,10 +302,13 @@ BAD = {
     "mask and causal": ((A, A, A, torch.zeros(5, 5)), {"is_causal": True}, "attn_mask must be None"),
     "dropout": ((A, A, A), {"dropout_p": 1.0}, "within \\[0, 1\\); got 1.0"),
     "negative dropout": ((A, A, A), {"dropout_p": -0.1}, "within \\[0, 1\\); got -0.1"),
-    "dropout to come": ((A, A, A), {"dropout_p": 0.5}, "no dropout yet; got 0.5"),
     "window": ((A, A, A), {"window": -1}, "not negative; got -1"),
     "window's side": ((A, A, A), {"window": (1, -2)}, "not negative; got \\(1, -2\\)"),
     "alignment": ((A, A, A), {"causal_alignment": "left"}, "got 'left'"),
+    "softcap": ((A, A, A), {"softcap": 0.0}, "softcap must be positive, or None for none; got 0.0"),
+    "slopes' shape": ((A, A, A), {"alibi_slopes": torch.ones(3)}, "\\(N\\) or \\(B, N\\) = \\(1, 2\\); got \\[3\\]"),
+    "slopes' dtype": ((A, A, A), {"alibi_slopes": torch.ones(2).int()}, "alibi_slopes .* floating-point .* got Int"),
+    "slopes' gradient": ((A, A, A), {"alibi_slopes": torch.ones(2, requires_grad=True)}, "have no gradient"),
     "too large": ((torch.zeros(1, 1, 2, 513),) * 3, {}, "within 1..512; got 513"),
     "device": ((A, A.to("meta"), A), {}, "device"),
 }

@@ -78,8 +78,33 @@ FAULTS = {
     ),
     "attention: grouped heads read the first keys": (
         ATTENTION_FORWARD,
-        "pack_rows(p_->v.at(b, kv_head, j0)",
-        "pack_rows(p_->v.at(b, 0, j0)",
+        "pack_rows(p_->v.at(kv_head, j0)",
+        "pack_rows(p_->v.at(0, j0)",
+    ),
+    "attention: slopes are measured from the first key": (
+        "csrc/cpu/attention_scores.h",
+        "j0 - i - p.diagonal, vectors",
+        "j0 - i, vectors",
+    ),
+    "attention: dropout draws the same numbers for every query": (
+        "csrc/random.h",
+        "words[1][l] = static_cast<uint32_t>(query)",
+        "words[1][l] = 0",
+    ),
+    "attention: entries of the batch take the first one's number of keys": (
+        "csrc/cpu/attention_driver.h",
+        "p.keys = p.ragged_keys.count(b, p.keys)",
+        "p.keys = p.ragged_keys.count(0, p.keys)",
+    ),
+    "attention, backward: dV takes probabilities before dropout": (
+        ATTENTION_BACKWARD,
+        "if (multipliers_.get()) multiply_row(multipliers_.get(), vectors, s);",
+        "",
+    ),
+    "attention, backward: the softcap's derivative is left out": (
+        ATTENTION_BACKWARD,
+        "if (cap_derivative_.get()) multiply_row(cap_derivative_.get(), vectors, d);",
+        "",
     ),
     "attention, backward: delta is left out": (
         ATTENTION_BACKWARD,

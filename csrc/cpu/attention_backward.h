@@ -3,6 +3,9 @@
 //   P = exp(S - lse),  dV = P^T dO,  dP = dO V^T,  dS = P o (dP - delta),  delta = rows of dO o O, less dlse
 //   dQ = scale dS K,   dK = scale dS^T Q,  dmask = dS
 //
+// With dropout M, 0 or 1 / (1 - p): dV = (P o M)^T dO, dP = M o dO V^T. With a softcap, dQ and dK take dS o (1 -
+// tanh^2).
+//
 // A block of keys stays with its K and V, and their gradients, while the queries that see it go by. Nobody else adds
 // to them. dQ is added up in the order of the blocks; where the keys of a head are shared among threads, in sums of
 // each part, which are added in order at the end, and the parts depend on the sizes alone: so do the bits.
@@ -20,9 +23,10 @@ class ScoreGradients {
   using V = Vec<A>;
   using Shape = PanelShape<A, 1>;
 
-  // factor: what dS is multiplied with.
-  ScoreGradients(const AttentionBackward<T, A>& p, double factor)
-      : p_(&p), visible_{&p.band, p.keys}, factor_(static_cast<A>(factor)) {
+  // Of the product of queries and keys, times the scale, or of the score that the softmax sees.
+  enum class Of { product, score };
+  ScoreGradients(const AttentionBackward<T, A>& p, Of of)
+      : factor_(static_cast<A>(of == Of::product ? p.scale : 1)), through_cap_(of == Of::product && p.softcap != 0) {
     const int64_t panels = Shape::blocks(kGradientKeys);
     ld_ = score_stride<A>(kGradientKeys);
     k_panels_.allocate(panels * Shape::panel_numbers(p.size));
@@ -36,13 +40,17 @@ class ScoreGradients {
       scratch_.allocate(Shape::panel_numbers(most));
       memory_.allocate(kGradientQueries * most);
     }
+    if (through_cap_) cap_derivative_.allocate(kGradientKeys);
+    if (p.dropout.threshold) multipliers_.allocate(kGradientKeys);
   }
 
-  void take_keys(int64_t b, int64_t kv_head, int64_t j0, int64_t keys) {
+  // Of a batch entry, which stays where it is.
+  void take_keys(const AttentionBackward<T, A>& p, int64_t kv_head, int64_t j0, int64_t keys) {
+    p_ = &p, visible_ = {p.band, p.keys};
     j0_ = j0, keys_ = keys;
-    const T *const k = p_->k.at(b, kv_head, j0), *const v = p_->v.at(b, kv_head, j0);
+    const T *const k = p.k.at(kv_head, j0), *const v = p.v.at(kv_head, j0);
     for (int64_t j = 0; j < Shape::blocks(keys); ++j) {
-      pack_scores_panel(k, p_->k.row, keys, p_->size, j, static_cast<A>(p_->scale * kLog2e), scratch_.get(),
+      pack_scores_panel(k, p_->k.row, keys, p_->size, j, static_cast<A>(key_factor(p)), scratch_.get(),
                         k_panels_.get() + j * Shape::panel_numbers(p_->size));
       pack_scores_panel(v, p_->v.row, keys, p_->value_size, j, A(1), scratch_.get(),
                         v_panels_.get() + j * Shape::panel_numbers(p_->value_size));
@@ -51,10 +59,10 @@ class ScoreGradients {
   }
 
   // Queries [i0, i0 + rows) against those keys. delta: of these rows.
-  void compute(int64_t b, int64_t n, int64_t i0, int64_t rows, const A* delta) {
+  void compute(int64_t n, int64_t i0, int64_t rows, const A* delta) {
     i0_ = i0, rows_ = rows;
     const auto product = [&](const Heads<const T>& from, int64_t size, const A* panels, A* packed, A* to) {
-      const T* const at = from.at(b, n, i0);
+      const T* const at = from.at(n, i0);
       const ComputeRows<T> left(at, from.row, rows, size, memory_.get());
       score_product(left.data, left.row, rows, size, panels, keys_, to, ld_,
                     [&](int64_t m0, int64_t m1) { return keys_of(m0, m1); });
@@ -62,10 +70,10 @@ class ScoreGradients {
     };
     product(p_->q, p_->size, k_panels_.get(), q_packed_.get(), probabilities_.get());
     product(p_->d_out, p_->value_size, v_panels_.get(), d_out_packed_.get(), gradients_.get());
-    const A* const lse = p_->lse + (b * p_->heads + n) * p_->queries + i0;
+    const A* const lse = p_->lse.of(n) + i0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t m0 = r / kTileRows * kTileRows, m1 = m0 + kTileRows < rows ? m0 + kTileRows : rows;
-      row(p_->mask.offset(b, n, i0 + r), r, lse[r], delta[r], keys_of(r, r + 1), keys_of(m0, m1));
+      row(n, r, lse[r], delta[r], keys_of(r, r + 1), keys_of(m0, m1));
     }
   }
 
@@ -76,6 +84,7 @@ class ScoreGradients {
     return {begin < 0 ? 0 : begin, end < rows_ ? end : rows_};
   }
 
+  // The probabilities after dropout.
   const A* probabilities() const { return probabilities_.get(); }
   const A* gradients() const { return gradients_.get(); }
   int64_t ld() const { return ld_; }
@@ -86,7 +95,7 @@ class ScoreGradients {
   const A* d_out() const { return d_out_packed_.get(); }
 
  private:
-  void row(int64_t mask_offset, int64_t r, A lse, A delta, Range mine, Range tile) {
+  void row(int64_t n, int64_t r, A lse, A delta, Range mine, Range tile) {
     constexpr int64_t size = V::size;
     A *const s = probabilities_.get() + r * ld_, *const d = gradients_.get() + r * ld_;
     // What a product reads of the row: of keys, too, whole tiles.
@@ -97,14 +106,19 @@ class ScoreGradients {
     if (mine.begin < mine.end && lse != -static_cast<A>(__builtin_inf())) {
       const Range vectors = whole_vectors_of<A>(mine);
       begin = vectors.begin, end = vectors.end;
-      hide_outside(s, mine, vectors);
-      if (p_->mask.present()) mask_row(p_->mask, mask_offset, j0_, mine, s);
+      finish_scores(*p_, n, i0_ + r, j0_, mine, s, cap_derivative_.get());
+      if (multipliers_.get()) {
+        dropout_multipliers(*p_, n, i0_ + r, j0_, mine, multipliers_.get());
+        multiply_row(multipliers_.get(), vectors, d);
+      }
       const V shift(lse * static_cast<A>(kLog2e)), less(delta), factor(factor_);
       for (int64_t j = begin; j < end; j += size) {
         const V probability = exp2_of_score(V::load(s + j) - shift);
         probability.store(s + j);
         (probability * (V::load(d + j) - less) * factor).store(d + j);
       }
+      if (cap_derivative_.get()) multiply_row(cap_derivative_.get(), vectors, d);
+      if (multipliers_.get()) multiply_row(multipliers_.get(), vectors, s);
       // What is hidden got a zero times whatever was there.
       for (int64_t j = begin; j < mine.begin; ++j) d[j] = 0;
       for (int64_t j = mine.end; j < end; ++j) d[j] = 0;
@@ -113,24 +127,26 @@ class ScoreGradients {
     for (int64_t j = end > first ? end : first; j < last; ++j) s[j] = d[j] = 0;
   }
 
-  const AttentionBackward<T, A>* p_;
-  VisibleKeys visible_;
+  const AttentionBackward<T, A>* p_ = nullptr;
+  VisibleKeys visible_{};
   A factor_;
+  bool through_cap_;
   int64_t ld_ = 0, j0_ = 0, keys_ = 0, i0_ = 0, rows_ = 0;
   Workspace<A> k_panels_, v_panels_, k_packed_, q_packed_, d_out_packed_, probabilities_, gradients_, scratch_, memory_;
+  Workspace<A> cap_derivative_, multipliers_;
 };
 
-// delta of queries [0, L) of a head.
+// delta of all queries of a head.
 template <class T>
-void attention_delta(const AttentionBackward<T, Compute<T>>& p, int64_t b, int64_t n, Compute<T>* delta) {
+void attention_delta(const AttentionBackward<T, Compute<T>>& p, int64_t n, Compute<T>* delta) {
   using V = Vec<Compute<T>>;
   for (int64_t i = 0; i < p.queries; ++i) {
-    const T *const out = p.out.at(b, n, i), *const d_out = p.d_out.at(b, n, i);
+    const T *const out = p.out.at(n, i), *const d_out = p.d_out.at(n, i);
     V sum(0);
     for (int64_t j = 0; j < p.value_size; j += V::size)
       sum = fma(V::load(out + j, p.value_size - j), V::load(d_out + j, p.value_size - j), sum);
     delta[i] = sum_of_lanes(sum);
-    if (p.d_lse) delta[i] -= p.d_lse[(b * p.heads + n) * p.queries + i];
+    if (p.d_lse.data) delta[i] -= p.d_lse.of(n)[i];
   }
 }
 
@@ -148,36 +164,37 @@ class AttentionBackwardWorker {
   using A = Compute<T>;
   using V = Vec<A>;
 
-  explicit AttentionBackwardWorker(const AttentionBackward<T, A>& p) : p_(&p), scores_(p, p.scale) {
+  explicit AttentionBackwardWorker(const AttentionBackward<T, A>& p) : scores_(p, ScoreGradients<T>::Of::product) {
     columns_ = whole_vectors<T>(p.size), value_columns_ = whole_vectors<T>(p.value_size);
     delta_.allocate(p.heads / p.kv_heads * p.queries);
     dk_.allocate(kGradientKeys * columns_), dv_.allocate(kGradientKeys * value_columns_);
   }
 
-  // Keys [j0, j1). dq is added to: of the first head, and the numbers to the next head and to the next row.
-  void run(int64_t b, int64_t kv_head, int64_t j0, int64_t j1, A* dq, int64_t dq_head, int64_t dq_row) {
-    const int64_t group = p_->heads / p_->kv_heads, first = kv_head * group;
-    for (int64_t n = 0; n < group; ++n) attention_delta(*p_, b, first + n, delta_.get() + n * p_->queries);
+  // Keys [j0, j1) of a batch entry. dq, of its heads, is added to.
+  void run(const AttentionBackward<T, A>& p, int64_t kv_head, int64_t j0, int64_t j1, const Heads<A>& dq) {
+    p_ = &p;
+    const int64_t group = p.heads / p.kv_heads, first = kv_head * group;
+    for (int64_t n = 0; n < group; ++n) attention_delta(p, first + n, delta_.get() + n * p.queries);
     for (int64_t j = j0; j < j1; j += kGradientKeys) {
       const int64_t keys = j1 - j < kGradientKeys ? j1 - j : kGradientKeys;
       memset(dk_.get(), 0, keys * columns_ * sizeof(A));
       memset(dv_.get(), 0, keys * value_columns_ * sizeof(A));
-      scores_.take_keys(b, kv_head, j, keys);
+      scores_.take_keys(p, kv_head, j, keys);
       for (int64_t n = 0; n < group; ++n)
-        for (int64_t i = 0; i < p_->queries; i += kGradientQueries)
-          block(b, first + n, i, j, keys, delta_.get() + n * p_->queries + i, dq + n * dq_head + i * dq_row, dq_row);
-      store(dk_.get(), columns_, p_->dk, b, kv_head, j, keys, p_->size);
-      store(dv_.get(), value_columns_, p_->dv, b, kv_head, j, keys, p_->value_size);
+        for (int64_t i = 0; i < p.queries; i += kGradientQueries)
+          block(first + n, i, j, keys, delta_.get() + n * p.queries + i, dq.at(first + n, i), dq.row);
+      store(dk_.get(), columns_, p.dk, kv_head, j, keys, p.size);
+      store(dv_.get(), value_columns_, p.dv, kv_head, j, keys, p.value_size);
     }
   }
 
  private:
-  void block(int64_t b, int64_t n, int64_t i, int64_t j, int64_t keys, const A* delta, A* dq, int64_t dq_row) {
+  void block(int64_t n, int64_t i, int64_t j, int64_t keys, const A* delta, A* dq, int64_t dq_row) {
     const int64_t rows = p_->queries - i < kGradientQueries ? p_->queries - i : kGradientQueries;
-    const VisibleKeys visible{&p_->band, p_->keys};
+    const VisibleKeys visible{p_->band, p_->keys};
     const Range seen = visible.in_block(i, i + rows, j, keys);
     if (seen.begin >= seen.end) return;
-    scores_.compute(b, n, i, rows, delta);
+    scores_.compute(n, i, rows, delta);
     const auto queries = [&](int64_t c0, int64_t c1) { return scores_.queries_of(c0, c1); };
     const int64_t ld = scores_.ld();
     accumulate_product(scores_.probabilities(), 1, ld, keys, rows, scores_.d_out(), value_columns_, dv_.get(),
@@ -188,15 +205,15 @@ class AttentionBackwardWorker {
                        [&](int64_t m0, int64_t m1) { return scores_.keys_of(m0, m1); });
   }
 
-  static void store(const A* from, int64_t row, const Heads<T>& to, int64_t b, int64_t head, int64_t first,
-                    int64_t rows, int64_t size) {
+  static void store(const A* from, int64_t row, const Heads<T>& to, int64_t head, int64_t first, int64_t rows,
+                    int64_t size) {
     for (int64_t r = 0; r < rows; ++r) {
-      T* const out = to.at(b, head, first + r);
+      T* const out = to.at(head, first + r);
       for (int64_t j = 0; j < size; j += V::size) V::load(from + r * row + j).store(out + j, size - j);
     }
   }
 
-  const AttentionBackward<T, A>* p_;
+  const AttentionBackward<T, A>* p_ = nullptr;
   ScoreGradients<T> scores_;
   int64_t columns_ = 0, value_columns_ = 0;
   Workspace<A> delta_, dk_, dv_;
@@ -208,44 +225,48 @@ void attention_backward(const AttentionBackward<T, Compute<T>>& p) {
   using V = Vec<A>;
   const int64_t groups = p.batch * p.kv_heads, group = groups ? p.heads / p.kv_heads : 0;
   if (groups == 0) return;
-  const int64_t columns = whole_vectors<T>(p.size), all = p.batch * p.heads * p.queries;
+  const int64_t columns = whole_vectors<T>(p.size);
+  const int64_t rows =
+      p.ragged_queries.starts ? p.heads * p.ragged_queries.starts[p.batch] : p.batch * p.heads * p.queries;
   const int64_t parts = gradient_parts(groups, p.keys);
   // Sums of dQ: in its place, or in memory of their own for each part.
   const bool in_place = parts == 1 && ComputeRows<T>::kInPlace && p.size % V::size == 0;
   Workspace<A> memory;
-  A* const sums = in_place ? nullptr : memory.zeros(parts * all * columns);
+  A* const sums = in_place ? nullptr : memory.zeros(parts * rows * columns);
+  // Of part 0 and a batch entry: its rows where they would be in (rows of the entries, N) contiguous.
+  const auto sums_of = [&](const AttentionBackward<T, A>& mine, int64_t b) {
+    const int64_t first = p.ragged_queries.starts ? p.ragged_queries.starts[b] : b * p.queries;
+    return Heads<A>{sums + first * p.heads * columns, 0, mine.queries * columns, columns};
+  };
   parallel_tasks(p.threads, groups * parts, [&] {
-    return
-        [worker = AttentionBackwardWorker<T>(p), &p, sums, in_place, parts, group, columns, all](int64_t task) mutable {
-          const int64_t b = task / parts / p.kv_heads, kv_head = task / parts % p.kv_heads, first = kv_head * group;
-          const int64_t blocks = (p.keys + kGradientKeys - 1) / kGradientKeys;
-          const Range mine = part(blocks, task % parts, parts);
-          const int64_t end = mine.end * kGradientKeys < p.keys ? mine.end * kGradientKeys : p.keys;
-          A* dq;
-          int64_t head, row;
-          if (in_place) {
-            if constexpr (sizeof(A) == sizeof(T)) {
-              dq = p.dq.at(b, first, 0), head = p.dq.head, row = p.dq.row;
-              for (int64_t n = 0; n < group; ++n)
-                for (int64_t i = 0; i < p.queries; ++i) memset(p.dq.at(b, first + n, i), 0, p.size * sizeof(A));
-            } else {
-              return;  // never: another type is not in place
-            }
-          } else {
-            dq = sums + task % parts * all * columns + (b * p.heads + first) * p.queries * columns;
-            head = p.queries * columns, row = columns;
-          }
-          worker.run(b, kv_head, mine.begin * kGradientKeys, end, dq, head, row);
-        };
+    return [worker = AttentionBackwardWorker<T>(p), &p, &sums_of, in_place, parts, group, columns,
+            rows](int64_t task) mutable {
+      const int64_t b = task / parts / p.kv_heads, kv_head = task / parts % p.kv_heads;
+      const auto mine = entry(p, b);
+      const Range blocks = part((mine.keys + kGradientKeys - 1) / kGradientKeys, task % parts, parts);
+      const int64_t end = blocks.end * kGradientKeys < mine.keys ? blocks.end * kGradientKeys : mine.keys;
+      Heads<A> dq = sums_of(mine, b);
+      move(dq.data, task % parts * rows * columns);
+      if constexpr (ComputeRows<T>::kInPlace) {
+        if (in_place) {
+          dq = mine.dq;
+          for (int64_t n = kv_head * group; n < (kv_head + 1) * group; ++n)
+            for (int64_t i = 0; i < mine.queries; ++i) memset(dq.at(n, i), 0, p.size * sizeof(A));
+        }
+      }
+      worker.run(mine, kv_head, blocks.begin * kGradientKeys, end, dq);
+    };
   });
   if (in_place) return;
   parallel_for(p.threads, p.batch * p.heads, [&](int64_t head) {
-    for (int64_t i = 0; i < p.queries; ++i) {
-      T* const to = p.dq.at(head / p.heads, head % p.heads, i);
-      const A* const from = sums + (head * p.queries + i) * columns;
+    const auto mine = entry(p, head / p.heads);
+    const Heads<A> from = sums_of(mine, head / p.heads);
+    for (int64_t i = 0; i < mine.queries; ++i) {
+      T* const to = mine.dq.at(head % p.heads, i);
+      const A* const first = from.at(head % p.heads, i);
       for (int64_t j = 0; j < p.size; j += V::size) {
-        V sum = V::load(from + j);
-        for (int64_t n = 1; n < parts; ++n) sum = sum + V::load(from + n * all * columns + j);
+        V sum = V::load(first + j);
+        for (int64_t n = 1; n < parts; ++n) sum = sum + V::load(first + n * rows * columns + j);
         sum.store(to + j, p.size - j);
       }
     }
@@ -265,23 +286,26 @@ void attention_mask_backward(const AttentionMaskBackward<T, Compute<T>>& p) {
   struct Worker {
     ScoreGradients<T> scores;
     Workspace<A> delta;
-    explicit Worker(const AttentionMaskBackward<T, A>& p) : scores(p, 1) { delta.allocate(p.queries); }
+    explicit Worker(const AttentionMaskBackward<T, A>& p) : scores(p, ScoreGradients<T>::Of::score) {
+      delta.allocate(p.queries);
+    }
   };
   parallel_tasks(p.threads, p.mask_batch * p.mask_heads * blocks, [&] {
     return [worker = Worker(p), &p, blocks, keys_each](int64_t task) mutable {
       const int64_t place = task / blocks, first = task % blocks * keys_each;
       const int64_t mask_n = place % p.mask_heads, mask_b = place / p.mask_heads;
-      const int64_t last = first + keys_each < p.keys ? first + keys_each : p.keys;
       A* const d_mask = p.d_mask + place * p.mask_rows * p.mask_columns;
-      for (int64_t b = p.mask_batch == 1 ? 0 : mask_b; b < (p.mask_batch == 1 ? p.batch : mask_b + 1); ++b)
+      for (int64_t b = p.mask_batch == 1 ? 0 : mask_b; b < (p.mask_batch == 1 ? p.batch : mask_b + 1); ++b) {
+        const AttentionBackward<T, A> mine = entry<AttentionBackward<T, A>>(p, b);
+        const int64_t last = first + keys_each < mine.keys ? first + keys_each : mine.keys;
         for (int64_t n = p.mask_heads == 1 ? 0 : mask_n; n < (p.mask_heads == 1 ? p.heads : mask_n + 1); ++n) {
-          attention_delta(p, b, n, worker.delta.get());
+          attention_delta(mine, n, worker.delta.get());
           for (int64_t j = first; j < last; j += kGradientKeys) {
             const int64_t keys = last - j < kGradientKeys ? last - j : kGradientKeys;
-            worker.scores.take_keys(b, n / (p.heads / p.kv_heads), j, keys);
-            for (int64_t i = 0; i < p.queries; i += kGradientQueries) {
-              const int64_t rows = p.queries - i < kGradientQueries ? p.queries - i : kGradientQueries;
-              worker.scores.compute(b, n, i, rows, worker.delta.get() + i);
+            worker.scores.take_keys(mine, n / (p.heads / p.kv_heads), j, keys);
+            for (int64_t i = 0; i < mine.queries; i += kGradientQueries) {
+              const int64_t rows = mine.queries - i < kGradientQueries ? mine.queries - i : kGradientQueries;
+              worker.scores.compute(n, i, rows, worker.delta.get() + i);
               for (int64_t r = 0; r < rows; ++r) {
                 const Range seen = worker.scores.keys_of(r, r + 1);
                 const A* const from = worker.scores.gradients() + r * worker.scores.ld();
@@ -299,6 +323,7 @@ void attention_mask_backward(const AttentionMaskBackward<T, Compute<T>>& p) {
             }
           }
         }
+      }
     };
   });
 }

@@ -1,4 +1,5 @@
-// What the forward and the backward of attention share: blocks of queries against blocks of keys, and their products.
+// What the forward and the backward of attention share: the entries of a batch, and blocks of queries against blocks of
+// keys and their products.
 //
 // A product with the scores is one of
 //   S (rows, keys)  = Q K^T     K in panels, transposed: [panel][D][lanes], zero past the last key
@@ -7,6 +8,49 @@
 // pieces of kTermBlock terms, added in order, from a block's first key on, so a row's bits do not depend on the batch,
 // its place in it or the threads.
 #pragma once
+
+template <class T>
+void move(T*& data, int64_t numbers) {
+  if (data) data += numbers;
+}
+template <class T>
+void move(Heads<T>& heads, int64_t b, int64_t row) {
+  move(heads.data, b * heads.batch + row * heads.row);
+}
+template <class A>
+void move(RowNumbers<A>& numbers, int64_t b, int64_t row) {
+  move(numbers.data, b * numbers.batch + row);
+}
+
+// Parameters of batch entry b alone.
+template <class T, class A>
+void select(Attention<T, A>& p, int64_t b) {
+  const int64_t key = p.ragged_keys.first(b);
+  move(p.q, b, p.ragged_queries.first(b)), move(p.k, b, key), move(p.v, b, key);
+  move(p.mask.visible, b * p.mask.batch), move(p.mask.bias, b * p.mask.batch);
+  move(p.slopes, b * p.slopes_batch);
+  p.queries = p.ragged_queries.count(b, p.queries), p.keys = p.ragged_keys.count(b, p.keys);
+  p.first_head = b * p.heads;
+  if (p.from_end) p.diagonal = p.keys - p.queries, p.band.low += p.diagonal, p.band.high += p.diagonal;
+}
+template <class T, class A>
+void select(AttentionForward<T, A>& p, int64_t b) {
+  const int64_t query = p.ragged_queries.first(b);
+  move(p.out, b, query), move(p.lse, b, query);
+  select(static_cast<Attention<T, A>&>(p), b);
+}
+template <class T, class A>
+void select(AttentionBackward<T, A>& p, int64_t b) {
+  const int64_t query = p.ragged_queries.first(b), key = p.ragged_keys.first(b);
+  move(p.out, b, query), move(p.d_out, b, query), move(p.lse, b, query), move(p.d_lse, b, query);
+  move(p.dq, b, query), move(p.dk, b, key), move(p.dv, b, key);
+  select(static_cast<Attention<T, A>&>(p), b);
+}
+template <class P>
+P entry(P p, int64_t b) {
+  select(p, b);
+  return p;
+}
 
 constexpr int64_t kQueryBlock = 48;  // a whole number of tiles
 constexpr int64_t kKeyBlock = 512;
@@ -145,112 +189,12 @@ void pack_scores_panel(const T* rows, int64_t stride, int64_t n, int64_t size, i
     for (int64_t i = 0; i < size * Shape::width; i += V::size) (V::load(panel + i) * V(factor)).store(panel + i);
 }
 
-// The whole vectors in which columns are.
-template <class A>
-FASTSEQ_INLINE Range whole_vectors_of(Range columns) {
-  constexpr int64_t V = Vec<A>::size;
-  return {columns.begin / V * V, (columns.end + V - 1) / V * V};
-}
-
-// Columns of `vectors` that are not of `mine`.
-template <class A>
-FASTSEQ_INLINE void hide_outside(A* scores, Range mine, Range vectors) {
-  const A hidden = -static_cast<A>(__builtin_inf());
-  for (int64_t j = vectors.begin; j < mine.begin; ++j) scores[j] = hidden;
-  for (int64_t j = mine.end; j < vectors.end; ++j) scores[j] = hidden;
-}
-
-// The scores of a row that a mask hides become -inf; an additive one is added, times log2 e as the scores are.
-constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
-
-template <class T>
-void mask_row(const AttentionMask<T>& mask, int64_t offset, int64_t j0, Range columns, Compute<T>* scores) {
-  using A = Compute<T>;
-  using V = Vec<A>;
-  const A hidden = -static_cast<A>(__builtin_inf());
-  for (int64_t j = columns.begin; j < columns.end; j += V::size) {
-    const int64_t valid = columns.end - j < V::size ? columns.end - j : V::size;
-    const int64_t at = offset + (j0 + j) * mask.column;
-    const V s = V::load(scores + j, valid);
-    if (mask.bias) {
-      V bias;
-      if (mask.column == 1) {
-        bias = V::load(mask.bias + at, valid);
-      } else {
-        A lanes[V::size] = {};
-        for (int64_t i = 0; i < valid; ++i) lanes[i] = to_compute(mask.bias[at + i * mask.column]);
-        bias = V::load(lanes);
-      }
-      fma(bias, V(static_cast<A>(kLog2e)), s).store(scores + j, valid);
-    } else {
-      typename V::Bits seen = {};
-      for (int64_t i = 0; i < valid; ++i) seen[i] = mask.visible[at + i * mask.column] ? -1 : 0;
-      const V masked = seen != 0 ? s.v : V(hidden).v;
-      masked.store(scores + j, valid);
-    }
-  }
-}
-
-template <class T, int... lane>
-FASTSEQ_INLINE T sum_of_lanes(Vec<T> v, Lanes<lane...> lanes) {
-  return lane_sums<1, Vec<T>::size / 2>(&v, lanes).v[0];
-}
-template <class T>
-FASTSEQ_INLINE T sum_of_lanes(Vec<T> v) {
-  return sum_of_lanes(v, typename CountLanes<Vec<T>::size>::type{});
-}
-
-template <int D, class T, int... lane>
-FASTSEQ_INLINE T largest_lane(Vec<T> v, Lanes<lane...> lanes) {
-  if constexpr (D == 0) {
-    return v.v[0];
-  } else {
-    const Vec<T> other = shuffle<((lane ^ D) % Vec<T>::size)...>(v, v);
-    return largest_lane<D / 2>(Vec<T>(other.v > v.v ? other.v : v.v), lanes);
-  }
-}
-template <class T>
-FASTSEQ_INLINE T largest_lane(Vec<T> v) {
-  return largest_lane<Vec<T>::size / 2>(v, typename CountLanes<Vec<T>::size>::type{});
-}
-
-// The scores of a row that are of `mine` become exponentials, in units of 2^largest, the others within their vectors
-// zero. largest: of them and of `before`, those of earlier keys.
-template <class A>
-struct Exponentials {
-  A largest, total;
-};
-template <class T>
-Exponentials<Compute<T>> exponentiate(const AttentionMask<T>& mask, int64_t mask_offset, int64_t j0, Range mine,
-                                      Compute<T> before, Compute<T>* s) {
-  using A = Compute<T>;
-  using V = Vec<A>;
-  const Range vectors = whole_vectors_of<A>(mine);
-  hide_outside(s, mine, vectors);
-  if (mask.present()) mask_row(mask, mask_offset, j0, mine, s);
-  const A hidden = -static_cast<A>(__builtin_inf());
-  V most(hidden);
-  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) {
-    const V x = V::load(s + j);
-    most = x.v > most.v ? x.v : most.v;
-  }
-  const A here = largest_lane(most), largest = here > before ? here : before;
-  const V shift(largest == hidden ? A(0) : largest);
-  V sum(0);
-  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) {
-    const V e = exp2_of_score(V::load(s + j) - shift);
-    sum = sum + e;
-    e.store(s + j);
-  }
-  return {largest, sum_of_lanes(sum)};
-}
-
 // The keys that rows [i0, i1) of the queries see, and of those each row for itself, relative to a block of keys.
 struct VisibleKeys {
-  const Band* band;
+  Band band;
   int64_t keys;
 
-  Range of_rows(int64_t i0, int64_t i1) const { return {band->first(i0, keys), band->end(i1 - 1, keys)}; }
+  Range of_rows(int64_t i0, int64_t i1) const { return {band.first(i0, keys), band.end(i1 - 1, keys)}; }
   Range in_block(int64_t i0, int64_t i1, int64_t j0, int64_t n) const {
     const Range all = of_rows(i0, i1);
     const int64_t begin = all.begin - j0, end = all.end - j0;

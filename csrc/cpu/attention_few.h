@@ -21,48 +21,54 @@ class FewQueriesWorker {
   using A = Compute<T>;
   using V = Vec<A>;
 
-  explicit FewQueriesWorker(const AttentionForward<T, A>& p) : p_(&p) {
-    rows_ = p.heads / p.kv_heads * p.queries;
-    queries_.allocate(rows_ * p.size);
-    scores_.allocate(rows_ * kKeyBlock);
+  explicit FewQueriesWorker(const AttentionForward<T, A>& p) {
+    const int64_t most = p.queries < kFewQueries ? p.queries : kFewQueries, rows = p.heads / p.kv_heads * most;
+    queries_.allocate(rows * p.size);
+    scores_.allocate(rows * kKeyBlock);
+    if (p.dropout.threshold) multipliers_.allocate(kKeyBlock);
   }
 
-  // Keys [j0, j0 + keys) for all queries that read them; a state for each, `states_stride` apart.
-  void run(int64_t b, int64_t kv_head, int64_t j0, int64_t keys, A* states, int64_t states_stride) {
-    const int64_t first = kv_head * (p_->heads / p_->kv_heads);
-    for (int64_t r = 0; r < rows_; ++r)
-      memcpy(
-          queries_.get() + r * p_->size, p_->q.at(b, first + r / p_->queries, r % p_->queries), p_->size * sizeof(T));
-    const T* const k = p_->k.at(b, kv_head, j0);
+  // Keys [j0, j0 + keys) of a batch entry for all queries that read them; a state for each, `states_stride` apart.
+  void run(const AttentionForward<T, A>& p, int64_t kv_head, int64_t j0, int64_t keys, A* states,
+           int64_t states_stride) {
+    p_ = &p;
+    const int64_t group = p.heads / p.kv_heads, rows = group * p.queries, first = kv_head * group;
+    for (int64_t r = 0; r < rows; ++r)
+      memcpy(queries_.get() + r * p.size, p.q.at(first + r / p.queries, r % p.queries), p.size * sizeof(T));
+    const T* const k = p.k.at(kv_head, j0);
     for (int64_t j = 0; j < keys; j += kDotColumns<T>) {
       const int64_t here = keys - j < kDotColumns<T> ? keys - j : kDotColumns<T>;
       int64_t r = 0;
       const auto dots = [&](auto count) __attribute__((always_inline)) {
         constexpr int MR = decltype(count)::value;
-        for (; r + MR <= rows_; r += MR)
+        for (; r + MR <= rows; r += MR)
           dot_tile<MR>(queries_.get() + r * p_->size, p_->size, k + j * p_->k.row, p_->k.row, p_->size, here,
                        scores_.get() + r * kKeyBlock + j, kKeyBlock);
       };
       dots(Part<kDotRows>{});
       dots(Part<1>{});
     }
-    for (int64_t r = 0; r < rows_; ++r)
-      row(b, first + r / p_->queries, r % p_->queries, p_->v.at(b, kv_head, j0), j0, keys,
-          scores_.get() + r * kKeyBlock, {states + r * states_stride});
+    for (int64_t r = 0; r < rows; ++r)
+      row(first + r / p.queries, r % p.queries, p.v.at(kv_head, j0), j0, keys, scores_.get() + r * kKeyBlock,
+          {states + r * states_stride});
   }
 
  private:
-  void row(int64_t b, int64_t n, int64_t i, const T* v, int64_t j0, int64_t keys, A* s, SoftmaxState<A> state) {
+  void row(int64_t n, int64_t i, const T* v, int64_t j0, int64_t keys, A* s, SoftmaxState<A> state) {
     constexpr int64_t size = V::size;
     const A hidden = -static_cast<A>(__builtin_inf());
-    const Range mine = VisibleKeys{&p_->band, p_->keys}.in_block(i, i + 1, j0, keys);
+    const Range mine = VisibleKeys{p_->band, p_->keys}.in_block(i, i + 1, j0, keys);
     state.largest() = hidden, state.total() = 0;
     memset(state.sums(), 0, p_->value_size * sizeof(A));
     if (mine.begin >= mine.end) return;
-    const V factor(static_cast<A>(p_->scale * kLog2e));
+    const V factor(static_cast<A>(key_factor(*p_)));
     for (int64_t j = whole_vectors_of<A>(mine).begin; j < mine.end; j += size) (V::load(s + j) * factor).store(s + j);
-    const Exponentials<A> e = exponentiate(p_->mask, p_->mask.offset(b, n, i), j0, mine, hidden, s);
+    const Exponentials<A> e = exponentiate(*p_, n, i, j0, mine, hidden, s);
     state.largest() = e.largest, state.total() = e.total;
+    if (p_->dropout.threshold) {
+      dropout_multipliers(*p_, n, i, j0, mine, multipliers_.get());
+      multiply_row(multipliers_.get(), whole_vectors_of<A>(mine), s);
+    }
     int64_t c = 0;
     const auto add = [&](auto count) __attribute__((always_inline)) {
       constexpr int NV = decltype(count)::value;
@@ -91,16 +97,15 @@ class FewQueriesWorker {
     for (int n = 0; n < NV; ++n) c[n].store(sums + n * V::size, valid - n * V::size);
   }
 
-  const AttentionForward<T, A>* p_;
-  int64_t rows_ = 0;
+  const AttentionForward<T, A>* p_ = nullptr;
   Workspace<T> queries_;
-  Workspace<A> scores_;
+  Workspace<A> scores_, multipliers_;
 };
 
 // Of one row, the states of the blocks, `stride` apart, in their order.
 template <class T>
-void merge_states(const AttentionForward<T, Compute<T>>& p, int64_t b, int64_t n, int64_t i, Compute<T>* states,
-                  int64_t stride, int64_t blocks) {
+void merge_states(const AttentionForward<T, Compute<T>>& p, int64_t n, int64_t i, Compute<T>* states, int64_t stride,
+                  int64_t blocks) {
   using A = Compute<T>;
   using V = Vec<A>;
   const A hidden = -static_cast<A>(__builtin_inf());
@@ -121,44 +126,50 @@ void merge_states(const AttentionForward<T, Compute<T>>& p, int64_t b, int64_t n
       (k == 0 ? more : V::load(sums + j, valid) + more).store(sums + j, valid);
     }
   }
-  write_row(p, b, n, i, largest, total, sums);
+  write_row(p, n, i, largest, total, sums);
 }
 
-template <class T>
-void attention_of_few_queries(const AttentionForward<T, Compute<T>>& p, int threads) {
+inline int64_t key_blocks(int64_t keys) { return keys > kKeyBlock ? (keys + kKeyBlock - 1) / kKeyBlock : 1; }
+
+template <class T, class Wanted>
+void attention_of_few_queries(const AttentionForward<T, Compute<T>>& p, int threads, const Wanted& wanted) {
   using A = Compute<T>;
-  const int64_t group = p.heads / p.kv_heads, blocks = p.keys > 0 ? (p.keys + kKeyBlock - 1) / kKeyBlock : 1;
-  const int64_t state = p.value_size + 2, row = blocks * state, rows = p.batch * p.heads * p.queries;
+  const int64_t blocks = key_blocks(p.keys);
+  const int64_t queries = p.queries < kFewQueries ? p.queries : kFewQueries, group = p.heads / p.kv_heads;
+  const int64_t state = p.value_size + 2, row = blocks * state, head = queries * row, heads = p.batch * p.heads;
   Workspace<A> memory;
-  A* const states = memory.allocate(rows * row);
+  A* const states = memory.allocate(heads * head);
   parallel_tasks(threads, p.batch * p.kv_heads * blocks, [&] {
-    return [worker = FewQueriesWorker<T>(p), &p, states, blocks, group, state, row](int64_t task) mutable {
-      const int64_t head = task / blocks, j0 = task % blocks * kKeyBlock;
-      const int64_t left = p.keys - j0;
-      worker.run(head / p.kv_heads, head % p.kv_heads, j0, left < kKeyBlock ? left : kKeyBlock,
-                 states + head * group * p.queries * row + task % blocks * state, row);
-    };
+    return
+        [worker = FewQueriesWorker<T>(p), &p, &wanted, states, blocks, group, state, row, head](int64_t task) mutable {
+          const int64_t kv_head = task / blocks, j0 = task % blocks * kKeyBlock;
+          const auto mine = entry(p, kv_head / p.kv_heads);
+          if (!wanted(mine.queries)) return;
+          const int64_t left = mine.keys > j0 ? mine.keys - j0 : 0;
+          worker.run(mine, kv_head % p.kv_heads, j0, left < kKeyBlock ? left : kKeyBlock,
+                     states + kv_head * group * head + task % blocks * state, row);
+        };
   });
-  parallel_for(rows * row >= kNumbersToShare ? threads : 1, rows, [&](int64_t r) {
-    merge_states(p, r / p.queries / p.heads, r / p.queries % p.heads, r % p.queries, states + r * row, state, blocks);
+  parallel_for(heads * head >= kNumbersToShare ? threads : 1, heads, [&](int64_t n) {
+    const auto mine = entry(p, n / p.heads);
+    if (!wanted(mine.queries)) return;
+    A* const first = states + n / group * group * head + n % group * mine.queries * row;
+    for (int64_t i = 0; i < mine.queries; ++i)
+      merge_states(mine, n % p.heads, i, first + i * row, state, key_blocks(mine.keys));
   });
 }
 
 template <class T>
 void attention_forward(const AttentionForward<T, Compute<T>>& p) {
-  const int64_t groups = p.batch * p.kv_heads;
-  if (groups == 0 || p.queries == 0) return;
+  if (p.batch * p.kv_heads == 0 || p.queries == 0) return;
   const int threads = p.batch * p.heads * p.queries * p.keys * p.size < kGemmToShare ? 1 : p.threads;
-  if (p.queries <= kFewQueries) return attention_of_few_queries(p, threads);
-  // A head's queries in as many parts as keep all threads busy to the end.
-  const int64_t blocks = (p.queries + kQueryBlock - 1) / kQueryBlock;
-  const int64_t wanted = (4 * threads + groups - 1) / groups;
-  const int64_t parts = threads == 1 ? 1 : wanted < blocks ? wanted : blocks;
-  parallel_tasks(threads, groups * parts, [&] {
-    return [worker = AttentionForwardWorker<T>(p), &p, parts, blocks](int64_t task) mutable {
-      const Range mine = part(blocks, task % parts, parts);
-      const int64_t group = task / parts, end = mine.end * kQueryBlock;
-      worker.run(group / p.kv_heads, group % p.kv_heads, mine.begin * kQueryBlock, end < p.queries ? end : p.queries);
-    };
-  });
+  // Which way an entry goes does not depend on the others, as the bits of its rows do not.
+  const auto few = [](int64_t queries) { return queries <= kFewQueries; };
+  const auto many = [](int64_t queries) { return queries > kFewQueries; };
+  bool any_few = few(p.queries);
+  const bool any_many = many(p.queries);
+  if (p.ragged_queries.starts || p.ragged_queries.lengths)
+    for (int64_t b = 0; b < p.batch; ++b) any_few = any_few || few(p.ragged_queries.count(b, p.queries));
+  if (any_many) attention_of_many_queries(p, threads, many);
+  if (any_few) attention_of_few_queries(p, threads, few);
 }

@@ -5,19 +5,18 @@
 
 // Output and lse of a row from the state of its softmax.
 template <class T>
-void write_row(const AttentionForward<T, Compute<T>>& p, int64_t b, int64_t n, int64_t i, Compute<T> largest,
-               Compute<T> total, const Compute<T>* sums) {
+void write_row(const AttentionForward<T, Compute<T>>& p, int64_t n, int64_t i, Compute<T> largest, Compute<T> total,
+               const Compute<T>* sums) {
   using A = Compute<T>;
   using V = Vec<A>;
-  T* const out = p.out.at(b, n, i);
+  T* const out = p.out.at(n, i);
   const V factor(total == 0 ? A(0) : A(1) / total);
   for (int64_t j = 0; j < p.value_size; j += V::size) {
     const int64_t valid = p.value_size - j;
     (V::load(sums + j, valid) * factor).store(out + j, valid);
   }
-  p.lse[(b * p.heads + n) * p.queries + i] =
-      total == 0 ? -static_cast<A>(__builtin_inf())
-                 : static_cast<A>(largest * kLn2 + __builtin_log(static_cast<double>(total)));
+  p.lse.of(n)[i] = total == 0 ? -static_cast<A>(__builtin_inf())
+                              : static_cast<A>(largest * kLn2 + __builtin_log(static_cast<double>(total)));
 }
 
 template <class T>
@@ -27,7 +26,7 @@ class AttentionForwardWorker {
   using V = Vec<A>;
   using Shape = PanelShape<A, 1>;
 
-  explicit AttentionForwardWorker(const AttentionForward<T, A>& p) : p_(&p), visible_{&p.band, p.keys} {
+  explicit AttentionForwardWorker(const AttentionForward<T, A>& p) {
     columns_ = whole_vectors<T>(p.value_size);
     ld_scores_ = score_stride<A>(kKeyBlock);
     panels_.allocate(Shape::blocks(p.keys) * Shape::panel_numbers(p.size));
@@ -35,36 +34,38 @@ class AttentionForwardWorker {
     sums_.allocate(kQueryBlock * columns_);
     largest_.allocate(kQueryBlock), total_.allocate(kQueryBlock);
     values_.allocate(p.keys * columns_);
+    if (p.dropout.threshold) multipliers_.allocate(kKeyBlock);
     if (!ComputeRows<T>::kInPlace) {
       queries_.allocate(kQueryBlock * p.size);
       scratch_.allocate(Shape::panel_numbers(p.size));
     }
   }
 
-  // Queries [i0, i1), of all heads that share these keys and values.
-  void run(int64_t b, int64_t kv_head, int64_t i0, int64_t i1) {
-    const int64_t group = p_->heads / p_->kv_heads;
+  // Queries [i0, i1) of a batch entry, of all heads that share these keys and values.
+  void run(const AttentionForward<T, A>& p, int64_t kv_head, int64_t i0, int64_t i1) {
+    p_ = &p, visible_ = {p.band, p.keys};
+    const int64_t group = p.heads / p.kv_heads;
     const Range keys = visible_.of_rows(i0, i1);
-    if (keys.begin < keys.end) prepare_keys(b, kv_head, keys);
+    if (keys.begin < keys.end) prepare_keys(kv_head, keys);
     for (int64_t n = kv_head * group; n < (kv_head + 1) * group; ++n)
-      for (int64_t i = i0; i < i1; i += kQueryBlock) block(b, n, i, i + kQueryBlock < i1 ? i + kQueryBlock : i1);
+      for (int64_t i = i0; i < i1; i += kQueryBlock) block(n, i, i + kQueryBlock < i1 ? i + kQueryBlock : i1);
   }
 
  private:
-  void prepare_keys(int64_t b, int64_t kv_head, Range keys) {
-    const A factor = static_cast<A>(p_->scale * kLog2e);
+  void prepare_keys(int64_t kv_head, Range keys) {
+    const A factor = static_cast<A>(key_factor(*p_));
     for (int64_t j = keys.begin / Shape::width; j * Shape::width < keys.end; ++j)
-      pack_scores_panel(p_->k.at(b, kv_head, 0), p_->k.row, p_->keys, p_->size, j, factor, scratch_.get(),
+      pack_scores_panel(p_->k.at(kv_head, 0), p_->k.row, p_->keys, p_->size, j, factor, scratch_.get(),
                         panels_.get() + j * Shape::panel_numbers(p_->size));
     for (int64_t j0 = keys.begin / kKeyBlock * kKeyBlock; j0 < keys.end; j0 += kKeyBlock)
-      pack_rows(p_->v.at(b, kv_head, j0), p_->v.row, keys_of_block(j0), p_->value_size, values_.get() + j0 * columns_);
+      pack_rows(p_->v.at(kv_head, j0), p_->v.row, keys_of_block(j0), p_->value_size, values_.get() + j0 * columns_);
   }
 
   int64_t keys_of_block(int64_t j0) const { return p_->keys - j0 < kKeyBlock ? p_->keys - j0 : kKeyBlock; }
 
-  void block(int64_t b, int64_t n, int64_t i0, int64_t i1) {
+  void block(int64_t n, int64_t i0, int64_t i1) {
     const int64_t rows = i1 - i0;
-    const ComputeRows<T> q(p_->q.at(b, n, i0), p_->q.row, rows, p_->size, queries_.get());
+    const ComputeRows<T> q(p_->q.at(n, i0), p_->q.row, rows, p_->size, queries_.get());
     for (int64_t r = 0; r < rows; ++r) largest_.get()[r] = -static_cast<A>(__builtin_inf()), total_.get()[r] = 0;
     memset(sums_.get(), 0, rows * columns_ * sizeof(A));
     const Range keys = visible_.of_rows(i0, i1);
@@ -77,18 +78,18 @@ class AttentionForwardWorker {
         const Range tile =
             seen(r / kTileRows * kTileRows,
                  r / kTileRows * kTileRows + kTileRows < rows ? r / kTileRows * kTileRows + kTileRows : rows);
-        softmax_row(b, n, i0 + r, r, j0, seen(r, r + 1), tile);
+        softmax_row(n, i0 + r, r, j0, seen(r, r + 1), tile);
       }
       accumulate_product(scores_.get(), ld_scores_, 1, rows, here, values_.get() + j0 * columns_, columns_, sums_.get(),
                          columns_, seen);
     }
     for (int64_t r = 0; r < rows; ++r)
-      write_row(*p_, b, n, i0 + r, largest_.get()[r], total_.get()[r], sums_.get() + r * columns_);
+      write_row(*p_, n, i0 + r, largest_.get()[r], total_.get()[r], sums_.get() + r * columns_);
   }
 
   // Of row r, the scores of the keys that it sees become their exponentials, those of others that the product reads
   // zero.
-  void softmax_row(int64_t b, int64_t n, int64_t i, int64_t r, int64_t j0, Range mine, Range read) {
+  void softmax_row(int64_t n, int64_t i, int64_t r, int64_t j0, Range mine, Range read) {
     A* const s = scores_.get() + r * ld_scores_;
     const bool any = mine.begin < mine.end;
     const Range written = any ? whole_vectors_of<A>(mine) : Range{read.end, read.end};
@@ -97,7 +98,7 @@ class AttentionForwardWorker {
     if (!any) return;
     A &largest = largest_.get()[r], &total = total_.get()[r];
     const A before = largest;
-    const Exponentials<A> e = exponentiate(p_->mask, p_->mask.offset(b, n, i), j0, mine, before, s);
+    const Exponentials<A> e = exponentiate(*p_, n, i, j0, mine, before, s);
     largest = e.largest;
     if (before != largest && before != -static_cast<A>(__builtin_inf())) {
       const A factor = exp2_of_score(V(before - largest)).v[0];
@@ -106,10 +107,33 @@ class AttentionForwardWorker {
       for (int64_t j = 0; j < columns_; j += V::size) (V::load(sums + j) * V(factor)).store(sums + j);
     }
     total += e.total;
+    if (p_->dropout.threshold) {
+      dropout_multipliers(*p_, n, i, j0, mine, multipliers_.get());
+      multiply_row(multipliers_.get(), written, s);
+    }
   }
 
-  const AttentionForward<T, A>* p_;
-  VisibleKeys visible_;
+  const AttentionForward<T, A>* p_ = nullptr;
+  VisibleKeys visible_{};
   int64_t columns_ = 0, ld_scores_ = 0;
-  Workspace<A> panels_, scores_, sums_, largest_, total_, queries_, scratch_, values_;
+  Workspace<A> panels_, scores_, sums_, largest_, total_, queries_, scratch_, values_, multipliers_;
 };
+
+// Of the entries whose number of queries is wanted, a head's queries in as many parts as keep all threads busy to the
+// end.
+template <class T, class Wanted>
+void attention_of_many_queries(const AttentionForward<T, Compute<T>>& p, int threads, const Wanted& wanted) {
+  const int64_t groups = p.batch * p.kv_heads, most = (p.queries + kQueryBlock - 1) / kQueryBlock;
+  const int64_t enough = (4 * threads + groups - 1) / groups;
+  const int64_t parts = threads == 1 ? 1 : enough < most ? enough : most;
+  parallel_tasks(threads, groups * parts, [&] {
+    return [worker = AttentionForwardWorker<T>(p), &p, &wanted, parts](int64_t task) mutable {
+      const int64_t group = task / parts;
+      const auto mine = entry(p, group / p.kv_heads);
+      const Range blocks = part((mine.queries + kQueryBlock - 1) / kQueryBlock, task % parts, parts);
+      const int64_t end = blocks.end * kQueryBlock;
+      if (wanted(mine.queries) && blocks.begin < blocks.end)
+        worker.run(mine, group % p.kv_heads, blocks.begin * kQueryBlock, end < mine.queries ? end : mine.queries);
+    };
+  });
+}

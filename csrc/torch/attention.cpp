@@ -4,6 +4,9 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
 
 #include "memory.h"
 #include "types.h"
@@ -53,13 +56,16 @@ void check_mask(const at::Tensor& mask, const at::Tensor& query, int64_t keys) {
 // The numbers of a row side by side.
 at::Tensor with_whole_rows(const at::Tensor& t) { return t.stride(3) == 1 || t.size(3) <= 1 ? t : t.contiguous(); }
 
+// A single batch entry is no distance from the next: of ragged batches all lie in it.
+int64_t batch_stride(const at::Tensor& t) { return t.size(0) == 1 ? 0 : t.stride(0); }
+
 template <class T>
 Heads<const T> heads_of(const at::Tensor& t) {
-  return {pointer<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+  return {pointer<T>(t), batch_stride(t), t.stride(1), t.stride(2)};
 }
 template <class T>
 Heads<T> mutable_heads_of(const at::Tensor& t) {
-  return {mutable_pointer<T>(t), t.stride(0), t.stride(1), t.stride(2)};
+  return {mutable_pointer<T>(t), batch_stride(t), t.stride(1), t.stride(2)};
 }
 
 // In like's order of dimensions, (B, N, L, size) or, where the heads of a row lie side by side, (B, L, N, size).
@@ -69,21 +75,89 @@ at::Tensor empty_heads(const at::Tensor& like, int64_t size) {
   return empty({B, N, L, size}, like);
 }
 
-struct Inputs {
-  at::Tensor query, key, value, mask;
-
-  Inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const OptionalTensor& m)
-      : query(with_whole_rows(q)), key(with_whole_rows(k)), value(with_whole_rows(v)) {
-    if (m) mask = m->expand({q.size(0), q.size(1), q.size(2), k.size(2)});
+// Starts or lengths as int64, with their values checked.
+at::Tensor checked_rows(const char* name, const at::Tensor& t, int64_t count, int64_t rows, bool starts) {
+  TORCH_CHECK(t.device().is_cpu() && (t.scalar_type() == at::kInt || t.scalar_type() == at::kLong), name,
+              " must be int32 or int64 on the CPU; got ", t.scalar_type(), " on ", t.device());
+  TORCH_CHECK(t.dim() == 1 && (starts ? t.size(0) >= 1 : t.size(0) == count), name, " must be ",
+              starts ? "(B + 1)" : "(B) = (" + std::to_string(count) + ")", "; got ", t.sizes());
+  const at::Tensor numbers = t.to(at::kLong).contiguous();
+  const int64_t* const n = numbers.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < numbers.size(0); ++b) {
+    TORCH_CHECK(n[b] >= 0 && n[b] <= rows, name, " must be within 0..", rows, ", the rows that are there; got ", n[b],
+                " at ", b);
+    TORCH_CHECK(
+        !starts || n[b] >= (b == 0 ? 0 : n[b - 1]), name, " must not decrease; got ", n[b - 1], " and then ", n[b]);
   }
+  TORCH_CHECK(!starts || n[0] == 0, name, " must begin with 0; got ", n[0]);
+  return numbers;
+}
+
+// The tensors that the parameter block points into, and what is only known of their values.
+struct Inputs {
+  at::Tensor query, key, value, mask, slopes, query_rows, key_rows;
+  int64_t batch, queries, keys;
+  bool starts, ragged;
+
+  Inputs(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options,
+         at::ScalarType computed)
+      : query(with_whole_rows(q)),
+        key(with_whole_rows(k)),
+        value(with_whole_rows(v)),
+        batch(q.size(0)),
+        queries(q.size(2)),
+        keys(k.size(2)),
+        starts(options.query_starts || options.key_starts),
+        ragged(starts || options.query_lengths || options.key_lengths) {
+    check_sizes(q, k, v);
+    const int64_t heads = q.size(1);
+    if (starts) {
+      TORCH_CHECK(options.query_starts && options.key_starts && !options.query_lengths && !options.key_lengths,
+                  "query_starts and key_starts must be given together, and without lengths");
+      TORCH_CHECK(batch == 1, "where starts are given, query, key and value must be of one batch entry, which holds ",
+                  "all rows; got ", batch);
+      TORCH_CHECK(!options.attn_mask, "attn_mask must be None where starts are given");
+      query_rows = checked_rows("query_starts", *options.query_starts, 0, queries, true);
+      key_rows = checked_rows("key_starts", *options.key_starts, 0, keys, true);
+      TORCH_CHECK(
+          query_rows.size(0) == key_rows.size(0), "query_starts and key_starts must be of as many numbers; got ",
+          query_rows.size(0), " and ", key_rows.size(0));
+      batch = query_rows.size(0) - 1;
+      queries = most(query_rows), keys = most(key_rows);
+    }
+    if (options.query_lengths)
+      query_rows = checked_rows("query_lengths", *options.query_lengths, batch, queries, false);
+    if (options.key_lengths) key_rows = checked_rows("key_lengths", *options.key_lengths, batch, keys, false);
+    if (options.attn_mask) {
+      check_mask(*options.attn_mask, q, keys);
+      mask = options.attn_mask->expand({batch, heads, queries, keys});
+    }
+    if (options.alibi_slopes) {
+      const at::Tensor& given = *options.alibi_slopes;
+      TORCH_CHECK(given.is_floating_point() && given.device() == q.device(),
+                  "alibi_slopes must be of floating-point numbers on query's device; got ", given.scalar_type(), " on ",
+                  given.device());
+      TORCH_CHECK((given.dim() == 1 || (given.dim() == 2 && given.size(0) == batch)) && given.size(-1) == heads,
+                  "alibi_slopes must be (N) or (B, N) = (", batch, ", ", heads, "); got ", given.sizes());
+      slopes = given.to(computed).expand({batch, heads});
+    }
+  }
+
+  // The tensor's rows that no entry has are zero.
+  at::Tensor zero_if_ragged(at::Tensor t) const { return ragged ? t.zero_() : t; }
+
+ private:
+  static int64_t most(const at::Tensor& starts) { return starts.size(0) > 1 ? starts.diff().max().item<int64_t>() : 0; }
 };
 
-template <class T>
-void fill(Attention<T>& p, const Inputs& in, double scale, std::optional<int64_t> low, std::optional<int64_t> high) {
-  p.batch = in.query.size(0), p.heads = in.query.size(1), p.kv_heads = in.key.size(1);
-  p.queries = in.query.size(2), p.keys = in.key.size(2);
+template <class T, class A>
+void fill(Attention<T, A>& p, const Inputs& in, const AttentionOptions& options) {
+  p.batch = in.batch, p.heads = in.query.size(1), p.kv_heads = in.key.size(1);
+  p.queries = in.queries, p.keys = in.keys;
   p.size = in.query.size(3), p.value_size = in.value.size(3);
   p.q = heads_of<T>(in.query), p.k = heads_of<T>(in.key), p.v = heads_of<T>(in.value);
+  (in.starts ? p.ragged_queries.starts : p.ragged_queries.lengths) = pointer<int64_t>(in.query_rows);
+  (in.starts ? p.ragged_keys.starts : p.ragged_keys.lengths) = pointer<int64_t>(in.key_rows);
   if (in.mask.defined()) {
     if (in.mask.scalar_type() == at::kBool) {
       p.mask.visible = reinterpret_cast<const uint8_t*>(in.mask.const_data_ptr<bool>());
@@ -94,31 +168,57 @@ void fill(Attention<T>& p, const Inputs& in, double scale, std::optional<int64_t
     p.mask.row = in.mask.stride(2), p.mask.column = in.mask.stride(3);
   }
   const auto within = [](int64_t side) { return std::min(std::max(side, -Band::kOpen), Band::kOpen); };
-  if (low) p.band.low = within(*low);
-  if (high) p.band.high = within(*high);
-  p.scale = scale;
+  if (options.low) p.band.low = within(*options.low);
+  if (options.high) p.band.high = within(*options.high);
+  p.from_end = options.from_end;
+  if (in.slopes.defined()) {
+    p.slopes = pointer<A>(in.slopes), p.slopes_batch = in.slopes.stride(0), p.slopes_head = in.slopes.stride(1);
+  }
+  p.scale = options.scale;
+  TORCH_CHECK(options.softcap >= 0, "softcap must not be negative; got ", options.softcap);
+  p.softcap = options.softcap;
+  TORCH_CHECK(
+      options.dropout_p >= 0 && options.dropout_p < 1, "dropout_p must be within [0, 1); got ", options.dropout_p);
+  if (options.dropout_p > 0) {
+    const OptionalTensor& seed = options.dropout_seed;
+    TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == at::kLong,
+                "dropout_seed must be one int64 number where dropout_p > 0");
+    // In steps of 2^-16, and never all.
+    p.dropout.threshold = static_cast<uint32_t>(std::min(65535.0, std::nearbyint(options.dropout_p * 65536)));
+    p.dropout.seed = static_cast<uint64_t>(seed->item<int64_t>());
+  }
   p.threads = at::get_num_threads();
+}
+
+template <class A>
+RowNumbers<const A> numbers_of(const at::Tensor& t) {
+  return {pointer<A>(t), batch_stride(t), t.stride(1)};
 }
 
 }  // namespace
 
-AttentionOutputs attention_forward_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                                       const OptionalTensor& attn_mask, double scale, std::optional<int64_t> low,
-                                       std::optional<int64_t> high) {
-  check_sizes(query, key, value);
-  if (attn_mask) check_mask(*attn_mask, query, key.size(2));
+AttentionOutputs attention_forward_cpu(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& dropout_seed, const OptionalTensor& query_starts,
+    const OptionalTensor& key_starts, const OptionalTensor& query_lengths, const OptionalTensor& key_lengths,
+    double scale, double softcap, double dropout_p, std::optional<int64_t> low, std::optional<int64_t> high,
+    bool from_end) {
+  const AttentionOptions options{
+      attn_mask, alibi_slopes, dropout_seed, query_starts, key_starts, query_lengths, key_lengths,
+      scale,     softcap,      dropout_p,    low,          high,       from_end};
   one_thread_in_a_forked_child();
   return with_type(query.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = cpu::Computed<T>;
+    constexpr at::ScalarType computed = c10::CppTypeToScalarType<A>::value;
+    const Inputs in(query, key, value, options, computed);
     AttentionForward<T, A> p;
-    const Inputs in(query, key, value, attn_mask);
-    fill(p, in, scale, low, high);
-    at::Tensor out = empty_heads(query, value.size(3));
-    at::Tensor lse =
-        at::empty({p.batch, p.heads, p.queries}, query.options().dtype(c10::CppTypeToScalarType<A>::value));
+    fill(p, in, options);
+    at::Tensor out = in.zero_if_ragged(empty_heads(query, value.size(3)));
+    at::Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, query.options().dtype(computed));
+    if (in.ragged) lse.fill_(-std::numeric_limits<double>::infinity());
     p.out = mutable_heads_of<T>(out);
-    p.lse = mutable_pointer<A>(lse);
+    p.lse = {mutable_pointer<A>(lse), batch_stride(lse), lse.stride(1)};
     count_call<T>(Counted::attention_forward);
     cpu::kernels().typed<T>().attention_forward(p);
     return AttentionOutputs(out, lse);
@@ -127,12 +227,15 @@ AttentionOutputs attention_forward_cpu(const at::Tensor& query, const at::Tensor
 
 std::vector<at::Tensor> attention_backward_cpu(
     const OptionalTensor& d_out, const OptionalTensor& d_lse, const at::Tensor& query, const at::Tensor& key,
-    const at::Tensor& value, const OptionalTensor& attn_mask, double scale, std::optional<int64_t> low,
-    std::optional<int64_t> high, const at::Tensor& out, const at::Tensor& lse, c10::List<bool> needs) {
-  check_sizes(query, key, value);
-  if (attn_mask) check_mask(*attn_mask, query, key.size(2));
+    const at::Tensor& value, const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& dropout_seed, const OptionalTensor& query_starts, const OptionalTensor& key_starts,
+    const OptionalTensor& query_lengths, const OptionalTensor& key_lengths, double scale, double softcap,
+    double dropout_p, std::optional<int64_t> low, std::optional<int64_t> high, bool from_end, const at::Tensor& out,
+    const at::Tensor& lse, c10::List<bool> needs) {
   TORCH_CHECK(needs.size() == 4, "needs must hold a flag for query, key, value and attn_mask, 4; got ", needs.size());
-  const int64_t B = query.size(0), N = query.size(1), L = query.size(2);
+  const AttentionOptions options{
+      attn_mask, alibi_slopes, dropout_seed, query_starts, key_starts, query_lengths, key_lengths,
+      scale,     softcap,      dropout_p,    low,          high,       from_end};
   const auto check_output = [&](const char* name, const at::Tensor& t, at::IntArrayRef sizes, at::ScalarType type) {
     TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == type, name, " must be ", sizes, " ", type, "; got ", t.sizes(),
                 " ", t.scalar_type());
@@ -142,24 +245,27 @@ std::vector<at::Tensor> attention_backward_cpu(
     using T = decltype(zero);
     using A = cpu::Computed<T>;
     constexpr at::ScalarType sums = c10::CppTypeToScalarType<A>::value;
+    const Inputs in(query, key, value, options, sums);
+    const int64_t B = query.size(0), N = query.size(1), L = query.size(2);
     check_output("out", out, {B, N, L, value.size(3)}, query.scalar_type());
     check_output("lse", lse, {B, N, L}, sums);
     if (d_out) check_output("d_out", *d_out, out.sizes(), query.scalar_type());
     if (d_lse) check_output("d_lse", *d_lse, lse.sizes(), sums);
 
     AttentionMaskBackward<T, A> p;
-    const Inputs in(query, key, value, attn_mask);
-    fill(p, in, scale, low, high);
+    fill(p, in, options);
     const at::Tensor out_rows = with_whole_rows(out), lse_rows = lse.contiguous();
     const at::Tensor d_out_rows = d_out ? with_whole_rows(*d_out) : at::zeros_like(out_rows);
     const at::Tensor d_lse_rows = d_lse ? d_lse->contiguous() : at::Tensor();
     p.out = heads_of<T>(out_rows), p.d_out = heads_of<T>(d_out_rows);
-    p.lse = pointer<A>(lse_rows), p.d_lse = pointer<A>(d_lse_rows);
+    p.lse = numbers_of<A>(lse_rows);
+    if (d_lse) p.d_lse = numbers_of<A>(d_lse_rows);
 
     std::vector<at::Tensor> found;
     if (needs[0] || needs[1] || needs[2]) {
-      const at::Tensor dq = empty_heads(query, query.size(3)), dk = empty_heads(key, key.size(3)),
-                       dv = empty_heads(value, value.size(3));
+      const at::Tensor dq = in.zero_if_ragged(empty_heads(query, query.size(3)));
+      const at::Tensor dk = in.zero_if_ragged(empty_heads(key, key.size(3)));
+      const at::Tensor dv = in.zero_if_ragged(empty_heads(value, value.size(3)));
       p.dq = mutable_heads_of<T>(dq), p.dk = mutable_heads_of<T>(dk), p.dv = mutable_heads_of<T>(dv);
       count_call<T>(Counted::attention_backward);
       cpu::kernels().typed<T>().attention_backward(p);

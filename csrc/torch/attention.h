@@ -15,19 +15,34 @@ namespace fastseq {
 using OptionalTensor = std::optional<at::Tensor>;
 using AttentionOutputs = std::tuple<at::Tensor, at::Tensor>;
 
-// query (B, N, L, D), key (B, N_kv, S, D), value (B, N_kv, S, Dv), attn_mask broadcastable to (B, N, L, S): bool, or of
-// query's dtype and added; scale; low and high: query i sees key j where low <= j - i <= high, a side that is open
-// None.
+// Of both operators, all arguments but the tensors that are multiplied.
+//
+// attn_mask: broadcastable to (B, N, L, S): bool, or of query's dtype and added. alibi_slopes: (N) or (B, N).
+// dropout_seed: one int64, where dropout_p > 0.
+// Ragged batches: query_starts and key_starts, (B + 1), of tensors of one batch entry in which the rows of all lie one
+// after another; or query_lengths and key_lengths, (B). int32 or int64.
+// low, high: query i sees key j where low <= j - i <= high, a side that is open None; from_end: i counted so that an
+// entry's last query is beside its last key.
+struct AttentionOptions {
+  OptionalTensor attn_mask, alibi_slopes, dropout_seed, query_starts, key_starts, query_lengths, key_lengths;
+  double scale, softcap, dropout_p;
+  std::optional<int64_t> low, high;
+  bool from_end;
+};
+
+// query (B, N, L, D), key (B, N_kv, S, D), value (B, N_kv, S, Dv), the options
 // -> out (B, N, L, Dv), lse (B, N, L) in the type that is computed in.
-using AttentionForwardSignature = AttentionOutputs(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                   const OptionalTensor&, double, std::optional<int64_t>,
-                                                   std::optional<int64_t>);
+using AttentionForwardSignature = AttentionOutputs(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    double, double, double, std::optional<int64_t>, std::optional<int64_t>, bool);
 // d_out, d_lse, forward's arguments, out, lse, needs -> the gradients that `needs` asks for, of query, key, value and
 // attn_mask in this order.
 using AttentionBackwardSignature = std::vector<at::Tensor>(
     const OptionalTensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-    const OptionalTensor&, double, std::optional<int64_t>, std::optional<int64_t>, const at::Tensor&, const at::Tensor&,
-    c10::List<bool>);
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+    const OptionalTensor&, const OptionalTensor&, double, double, double, std::optional<int64_t>,
+    std::optional<int64_t>, bool, const at::Tensor&, const at::Tensor&, c10::List<bool>);
 
 AttentionForwardSignature attention_forward_cpu;
 AttentionBackwardSignature attention_backward_cpu;

@@ -14,11 +14,16 @@ TORCH_LIBRARY(fastseq, m) {
       "Tensor[] weights, Tensor[] dropout_masks, Tensor? lengths, Tensor? batch_sizes, int num_layers, "
       "bool bidirectional, bool bias, Tensor output, Tensor reserve, bool[] needs) -> Tensor[]");
   m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float scale, SymInt? low, "
-      "SymInt? high) -> (Tensor out, Tensor lse)");
+      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? alibi_slopes, "
+      "Tensor? dropout_seed, Tensor? query_starts, Tensor? key_starts, Tensor? query_lengths, Tensor? key_lengths, "
+      "float scale, float softcap, float dropout_p, SymInt? low, SymInt? high, bool from_end) "
+      "-> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor? d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
-      "float scale, SymInt? low, SymInt? high, Tensor out, Tensor lse, bool[] needs) -> Tensor[]");
+      "Tensor? alibi_slopes, "
+      "Tensor? dropout_seed, Tensor? query_starts, Tensor? key_starts, Tensor? query_lengths, Tensor? key_lengths, "
+      "float scale, float softcap, float dropout_p, SymInt? low, SymInt? high, bool from_end, "
+      "Tensor out, Tensor lse, bool[] needs) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(fastseq, CPU, m) {

@@ -1,0 +1,167 @@
+// A row of scores between the product and the softmax, the softmax of a block of them, and dropout.
+//
+// Scores are in units of log 2, so that their exponentials are powers of two: the keys are packed times key_factor.
+#pragma once
+
+constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+template <class T, class A>
+double key_factor(const Attention<T, A>& p) {
+  return p.softcap != 0 ? p.scale / p.softcap : p.scale * kLog2e;
+}
+
+// The whole vectors in which columns are.
+template <class A>
+FASTSEQ_INLINE Range whole_vectors_of(Range columns) {
+  constexpr int64_t V = Vec<A>::size;
+  return {columns.begin / V * V, (columns.end + V - 1) / V * V};
+}
+
+// Columns of `vectors` that are not of `mine`.
+template <class A>
+FASTSEQ_INLINE void hide_outside(A* scores, Range mine, Range vectors) {
+  const A hidden = -static_cast<A>(__builtin_inf());
+  for (int64_t j = vectors.begin; j < mine.begin; ++j) scores[j] = hidden;
+  for (int64_t j = mine.end; j < vectors.end; ++j) scores[j] = hidden;
+}
+
+// s -> c tanh(s); the derivative of this in s / c, 1 - tanh^2, where it is asked for.
+template <class A>
+void cap_row(double softcap, Range vectors, A* scores, A* derivative) {
+  using V = Vec<A>;
+  const V cap(static_cast<A>(softcap * kLog2e));
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) {
+    const V t = tanh(V::load(scores + j));
+    (t * cap).store(scores + j);
+    if (derivative) (V(1) - t * t).store(derivative + j);
+  }
+}
+
+// Less slope |j - i|, from the key beside the query: Press et al., "Train short, test long" (ALiBi), 2022.
+template <class A>
+void add_slope(A slope, int64_t from_diagonal, Range vectors, A* scores) {
+  using V = Vec<A>;
+  A lanes[V::size];
+  for (int l = 0; l < V::size; ++l) lanes[l] = static_cast<A>(l);
+  const V lane = V::load(lanes), factor(slope * static_cast<A>(kLog2e));
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size)
+    fma(negative_magnitude(V(static_cast<A>(from_diagonal + j)) + lane), factor, V::load(scores + j)).store(scores + j);
+}
+
+// What a mask hides becomes -inf; an additive one is added. offset: of the row's first key within the mask.
+template <class T>
+void mask_row(const AttentionMask<T>& mask, int64_t offset, Range columns, Compute<T>* scores) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  const A hidden = -static_cast<A>(__builtin_inf());
+  for (int64_t j = columns.begin; j < columns.end; j += V::size) {
+    const int64_t valid = columns.end - j < V::size ? columns.end - j : V::size;
+    const int64_t at = offset + j * mask.column;
+    const V s = V::load(scores + j, valid);
+    if (mask.bias) {
+      V bias;
+      if (mask.column == 1) {
+        bias = V::load(mask.bias + at, valid);
+      } else {
+        A lanes[V::size] = {};
+        for (int64_t i = 0; i < valid; ++i) lanes[i] = to_compute(mask.bias[at + i * mask.column]);
+        bias = V::load(lanes);
+      }
+      fma(bias, V(static_cast<A>(kLog2e)), s).store(scores + j, valid);
+    } else {
+      typename V::Bits seen = {};
+      for (int64_t i = 0; i < valid; ++i) seen[i] = mask.visible[at + i * mask.column] ? -1 : 0;
+      const V masked = seen != 0 ? s.v : V(hidden).v;
+      masked.store(scores + j, valid);
+    }
+  }
+}
+
+// From the product with the keys from j0 on to the scores of query i, head n: capped, biased and masked, and -inf where
+// columns of the same vectors are not of `mine`.
+template <class T>
+void finish_scores(const Attention<T, Compute<T>>& p, int64_t n, int64_t i, int64_t j0, Range mine, Compute<T>* scores,
+                   Compute<T>* cap_derivative = nullptr) {
+  const Range vectors = whole_vectors_of<Compute<T>>(mine);
+  if (p.softcap != 0) cap_row(p.softcap, vectors, scores, cap_derivative);
+  if (p.slopes) add_slope(p.slopes[n * p.slopes_head], j0 - i - p.diagonal, vectors, scores);
+  hide_outside(scores, mine, vectors);
+  if (p.mask.present()) mask_row(p.mask, n * p.mask.head + i * p.mask.row + j0 * p.mask.column, mine, scores);
+}
+
+template <class T, int... lane>
+FASTSEQ_INLINE T sum_of_lanes(Vec<T> v, Lanes<lane...> lanes) {
+  return lane_sums<1, Vec<T>::size / 2>(&v, lanes).v[0];
+}
+template <class T>
+FASTSEQ_INLINE T sum_of_lanes(Vec<T> v) {
+  return sum_of_lanes(v, typename CountLanes<Vec<T>::size>::type{});
+}
+
+template <int D, class T, int... lane>
+FASTSEQ_INLINE T largest_lane(Vec<T> v, Lanes<lane...> lanes) {
+  if constexpr (D == 0) {
+    return v.v[0];
+  } else {
+    const Vec<T> other = shuffle<((lane ^ D) % Vec<T>::size)...>(v, v);
+    return largest_lane<D / 2>(Vec<T>(other.v > v.v ? other.v : v.v), lanes);
+  }
+}
+template <class T>
+FASTSEQ_INLINE T largest_lane(Vec<T> v) {
+  return largest_lane<Vec<T>::size / 2>(v, typename CountLanes<Vec<T>::size>::type{});
+}
+
+// The scores of a row that are of `mine` become exponentials, in units of 2^largest, the others within their vectors
+// zero. largest: of them and of `before`, those of earlier keys.
+template <class A>
+struct Exponentials {
+  A largest, total;
+};
+template <class T>
+Exponentials<Compute<T>> exponentiate(const Attention<T, Compute<T>>& p, int64_t n, int64_t i, int64_t j0, Range mine,
+                                      Compute<T> before, Compute<T>* s) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  const Range vectors = whole_vectors_of<A>(mine);
+  finish_scores(p, n, i, j0, mine, s);
+  const A hidden = -static_cast<A>(__builtin_inf());
+  V most(hidden);
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) {
+    const V x = V::load(s + j);
+    most = x.v > most.v ? x.v : most.v;
+  }
+  const A here = largest_lane(most), largest = here > before ? here : before;
+  const V shift(largest == hidden ? A(0) : largest);
+  V sum(0);
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) {
+    const V e = exp2_of_score(V::load(s + j) - shift);
+    sum = sum + e;
+    e.store(s + j);
+  }
+  return {largest, sum_of_lanes(sum)};
+}
+
+// What dropout multiplies the probabilities of query i, head n, and keys j0 + columns with; written in whole groups of
+// kDropoutKeys, on whose multiples j0 lies.
+template <class T, class A>
+void dropout_multipliers(const Attention<T, A>& p, int64_t n, int64_t i, int64_t j0, Range columns, A* multipliers) {
+  const A kept = static_cast<A>(p.dropout.kept());
+  for (int64_t j = columns.begin / kDropoutKeys * kDropoutKeys; j < columns.end; j += kDropoutKeys) {
+    uint32_t words[4][kDropoutLanes];
+    dropout_counters(p.first_head + n, i, j0 + j, words);
+    philox(words, p.dropout.seed);
+    A* to = multipliers + j;
+    for (int w = 0; w < 4; ++w)
+      for (int bits = 0; bits < 32; bits += 16, to += kDropoutLanes)
+        for (int l = 0; l < kDropoutLanes; ++l)
+          to[l] = ((words[w][l] >> bits) & 0xffff) >= p.dropout.threshold ? kept : A(0);
+  }
+}
+
+template <class A>
+FASTSEQ_INLINE void multiply_row(const A* multipliers, Range vectors, A* row) {
+  using V = Vec<A>;
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size)
+    (V::load(row + j) * V::load(multipliers + j)).store(row + j);
+}
