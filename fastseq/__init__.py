@@ -5,6 +5,7 @@ from fastseq import ops, reference
 from fastseq.attention import scaled_dot_product_attention, varlen_attention
 from fastseq.convert import ConversionReport, convert, to_torch
 from fastseq.explain import Explanation, explain
+from fastseq.kv_cache import KVCache
 from fastseq.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = _C.version()
@@ -22,6 +23,7 @@ __all__ = [
     "ConversionReport",
     "Explanation",
     "GRUCell",
+    "KVCache",
     "LSTMCell",
     "RNNCell",
     "convert",
