@@ -67,6 +67,9 @@ struct AttentionDropout {
   double kept() const { return 65536.0 / (65536 - threshold); }  // what the others are multiplied with
 };
 
+// Entries of no more queries than this go another way through the forward kernel, which reads keys where they lie.
+constexpr int64_t kFewQueries = 16;
+
 // T: what tensors are of; A: what is computed in.
 template <class T, class A>
 struct Attention {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import _load, ops
+from fastseq.attention import scaled_dot_product_attention, varlen_attention
 from fastseq.convert import TORCH_TO_FASTSEQ, qualified_name
 from fastseq.rnn import TORCH_MODES, _Cell, _Layer, kernel_obstacle
 
@@ -19,14 +21,15 @@ class Explanation:
     """What one call of a layer runs.
 
     Attributes:
-        layer: the layer's class.
-        path: "kernel" (fastseq's fused kernels), "reference" (`fastseq.reference`) or "torch" (torch's own operator).
+        layer: the layer's class, or the function's name.
+        path: "kernel" (fastseq's fused kernels), "reference" (`fastseq.reference`), "torch" (torch's own operator) or
+            "none": the call raises an error.
         operator: what runs: the operator, cell, dtype and instruction set of a kernel, or a function's name.
         reason: why, in a sentence.
     """
 
     layer: str
-    path: Literal["kernel", "reference", "torch"]
+    path: Literal["kernel", "reference", "torch", "none"]
     operator: str
     reason: str
 
@@ -34,20 +37,28 @@ class Explanation:
         return f"{self.layer} runs {self.operator}: {self.reason}."
 
 
-def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
-    """Tells which path `layer(input, hx)` would take if it were called here and now, and why. It runs nothing.
+def explain(layer: torch.nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Tells which path `layer(*args, **kwargs)` would take if it were called here and now, and why. It runs nothing.
 
     The path depends on the call: the input's device and dtype, autocast, and torch.func transforms or forward-mode AD
     around it. The answer is that of the very function that the layers ask.
 
     Args:
-        layer: a layer or cell of fastseq, or of torch.nn.
-        input: what the layer would be called with.
-        hx: likewise; it has no influence on the path.
+        layer: a layer or cell of fastseq, or of torch.nn; `fastseq.scaled_dot_product_attention` or
+            `fastseq.varlen_attention`.
+        args, kwargs: what it would be called with.
 
     Raises:
-        TypeError: `layer` is no recurrent layer or cell.
+        TypeError: `layer` is none of these.
     """
+    if layer is scaled_dot_product_attention or layer is varlen_attention:
+        return _explain_attention(layer.__name__, *args, **kwargs)
+    if not isinstance(layer, torch.nn.Module):
+        raise TypeError(f"explain takes a layer of fastseq or torch.nn, or fastseq's attention functions; got {layer}")
+    return _explain_recurrent(layer, *args, **kwargs)
+
+
+def _explain_recurrent(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
     x = input.data if isinstance(input, PackedSequence) else input
     name = qualified_name(type(layer))
     if isinstance(layer, tuple(TORCH_TO_FASTSEQ)):
@@ -66,3 +77,26 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = No
     dtype = str(x.dtype).removeprefix("torch.")
     operator = f"fastseq::rnn_forward ({layer._cell}, {dtype}, {_load._C.isa()})"
     return Explanation(name, "kernel", operator, f"the input is {dtype} on the CPU")
+
+
+def _explain_attention(function: str, query: Tensor, *others: Any, **options: Any) -> Explanation:
+    name = f"fastseq.{function}"
+    if query.device.type != "cpu":
+        return Explanation(name, "none", "nothing", f"there is no kernel for {query.device.type}; the call is an error")
+    dtype = str(query.dtype).removeprefix("torch.")
+    if not query.is_floating_point():
+        return Explanation(name, "none", "nothing", f"there is no kernel for {dtype}; the call is an error")
+    if ops.is_transformed():
+        reason = "a torch.func transform or forward-mode AD is active, and kernels have no rules for them"
+        return Explanation(name, "reference", "fastseq.reference.attention", reason)
+    converted = query.dtype is torch.float16
+    kind = "float32" if converted else dtype
+    reason = f"the input is {dtype} on the CPU" + (", converted to float32 and back" if converted else "")
+    if function == "scaled_dot_product_attention":
+        queries, few = query.shape[-2], _load._C.FEW_QUERIES
+        reason += (
+            f", and of {queries} queries, no more than {few}, each key is read once, where it lies"
+            if queries <= few
+            else f", and of {queries} queries, more than {few}, keys are packed and shared by blocks of them"
+        )
+    return Explanation(name, "kernel", f"fastseq::attention_forward ({kind}, {_load._C.isa()})", reason)

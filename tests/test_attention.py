@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from attention_operators import PLAIN, backward, bound, forward, near, sdpa
 
+import fastseq
 from fastseq import _C, reference
 from fastseq.bench import memory
 
@@ -286,6 +287,22 @@ def test_compile_and_transforms():
     torch.testing.assert_close(per_row, got[0])
     _, tangent = torch.func.jvp(lambda q: f(q, k, v), (q,), (torch.ones_like(q),))
     assert tangent.abs().sum() > 0
+
+
+def test_explain():
+    q, k, v = [torch.randn(1, 2, 20, 8) for _ in range(3)]
+    told = fastseq.explain(sdpa, q, k, v, is_causal=True)
+    assert told.path == "kernel" and "float32" in told.operator and "20 queries, more than 16" in told.reason
+    assert "1 queries, no more than 16" in fastseq.explain(sdpa, q[:, :, :1], k, v).reason
+    assert "converted to float32" in fastseq.explain(sdpa, q.half(), k.half(), v.half()).reason
+    assert fastseq.explain(sdpa, q.int(), k, v).path == fastseq.explain(sdpa, q.to("meta"), k, v).path == "none"
+    starts = torch.tensor([0, 20])
+    assert fastseq.explain(fastseq.varlen_attention, q[0].mT, k[0].mT, v[0].mT, starts, starts).path == "kernel"
+    told = []
+    torch.func.jvp(lambda q: told.append(fastseq.explain(sdpa, q, k, v)) or q, (q,), (q,))
+    assert told[0].path == "reference" and "fastseq.reference.attention" in str(told[0])
+    with pytest.raises(TypeError, match="fastseq's attention functions"):
+        fastseq.explain(torch.relu, q)
 
 
 A = torch.zeros(1, 2, 5, 8)

@@ -1,4 +1,4 @@
-"""exp, sigmoid and tanh of the kernels over their whole domain, within the bounds that csrc/cpu/vec_math.h states."""
+"""exp, sigmoid, tanh and exp2_of_score of the kernels over their whole domain, within the bounds that csrc/cpu/vec_math.h states."""
 
 import os
 import re
@@ -11,14 +11,17 @@ import pytest
 
 from fastseq import _C
 
-FUNCTIONS = ["exp", "sigmoid", "tanh"]
+FUNCTIONS = ["exp", "sigmoid", "tanh"]  # over all numbers; exp2_of_score has a test of its own
 TYPES = [np.float32, np.float64]
 HEADER = Path(__file__).resolve().parent.parent / "csrc/cpu/vec_math.h"
 
 
 def bounds():
-    """From the header's own words: "exp 2, sigmoid 4, tanh 4"."""
-    return {name: float(units) for name, units in re.findall(r"(exp|sigmoid|tanh) (\d+)[,.]", HEADER.read_text())}
+    """From the header's own words: "exp 2, sigmoid 4, tanh 4, ..."."""
+    return {
+        name: float(units)
+        for name, units in re.findall(r"(exp|sigmoid|tanh|exp2_of_score) (\d+)[,.]", HEADER.read_text())
+    }
 
 
 @np.errstate(over="ignore", under="ignore")
@@ -29,6 +32,8 @@ def exact(function, x):
         return np.exp(wide)
     if function == "tanh":
         return np.tanh(wide)
+    if function == "exp2_of_score":  # zero where it would be no normal number
+        return np.where(wide < np.finfo(x.dtype).minexp, 0, np.exp2(wide))
     z = np.exp(-np.abs(wide))  # without cancellation or overflow on either side
     return np.where(wide < 0, z, 1) / (1 + z)
 
@@ -112,6 +117,20 @@ def test_where_the_function_changes(function, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
+def test_exponentials_of_scores(dtype):
+    """Of a softmax, whose largest is 0, or a little more by rounding."""
+    x = patterns(dtype, 1 << 20)
+    within("exp2_of_score", x[x <= 1])
+    lowest = float(np.finfo(dtype).minexp)
+    within("exp2_of_score", np.random.default_rng().uniform(lowest - 3, 1, 1 << 19).astype(dtype))
+    near = np.arange(-200, 3)[:, None] / 2 * (1 + np.arange(-500, 501) * float(np.finfo(dtype).eps))
+    within("exp2_of_score", near[near <= 1].astype(dtype))
+    special = np.array([-np.inf, 0.0, -0.0, 1.0, lowest, np.nextafter(dtype(lowest), dtype(-np.inf)), np.nan], dtype)
+    expected = np.array([0, 1, 1, 2, 2.0**lowest, 0, np.nan], dtype)
+    np.testing.assert_array_equal(_C.vec_math("exp2_of_score", special), expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 def test_denormal_results(dtype):
     """exp and sigmoid go down to the smallest denormal, tanh returns a denormal argument."""
     facts = np.finfo(dtype)
@@ -175,7 +194,7 @@ def test_any_size_and_place_in_memory(function, dtype):
 
 
 def test_bad_calls():
-    with pytest.raises(ValueError, match="function must be exp, sigmoid or tanh; got 'sin'"):
+    with pytest.raises(ValueError, match="function must be exp, sigmoid, tanh or exp2_of_score; got 'sin'"):
         _C.vec_math("sin", np.zeros(1))
     with pytest.raises(TypeError):
         _C.vec_math("exp", np.zeros(1, np.float16))

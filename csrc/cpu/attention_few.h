@@ -4,8 +4,6 @@
 // the sum of exponentials and the output up to that sum, and these states are merged in the order of the blocks.
 #pragma once
 
-constexpr int64_t kFewQueries = 16;
-
 // The state of a row over some keys: sums[columns] and total are in units of 2^largest.
 template <class A>
 struct SoftmaxState {

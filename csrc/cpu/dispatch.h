@@ -44,6 +44,7 @@ struct Probes {
   void (*exp)(const T*, T*, int64_t);
   void (*sigmoid)(const T*, T*, int64_t);
   void (*tanh)(const T*, T*, int64_t);
+  void (*exp2_of_score)(const T*, T*, int64_t);
   // c (m, n) = a (m, k) b (k, n), all row-major.
   void (*gemm)(int threads, int64_t m, int64_t n, int64_t k, const T* a, const T* b, T* c);
   // FLOP/s of so many rounds in registers on so many threads.

@@ -82,6 +82,7 @@ constexpr Probes<T> probes_of() {
       map<T, exp<T>>,
       map<T, sigmoid<T>>,
       map<T, tanh<T>>,
+      map<T, exp2_of_score<T>>,
       [](int threads, int64_t m, int64_t n, int64_t k, const T* a, const T* b, T* c) {
         gemm(threads, m, n, k, rows_of(a, k), rows_of(b, n), false, c, n);
       },

@@ -1,6 +1,6 @@
 // exp, sigmoid, tanh on vectors of float and double, over the whole domain: infinities, NaN (comes out as NaN), results
 // down to the denormals. Bounds in units in the last place, held by tests/test_vec_math.py over the domain:
-//   exp 2, sigmoid 4, tanh 4.
+//   exp 2, sigmoid 4, tanh 4, exp2_of_score 2.
 // exp(x) = 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2, ln 2 split in two so that n ln2_hi is exact.
 #pragma once
 

@@ -349,7 +349,7 @@ void check_isa(Report& report, const Kernels& kernels, bool quick) {
         static_cast<long long>(report.failed - before.failed));
     std::fflush(stdout);
   };
-  section("exp, sigmoid, tanh", [&] {
+  section("exp, sigmoid, tanh, exp2_of_score", [&] {
     check_vec_math<float>(report, kernels, quick);
     check_vec_math<double>(report, kernels, quick);
   });

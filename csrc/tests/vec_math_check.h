@@ -1,4 +1,5 @@
-// exp, sigmoid and tanh of one instruction set against the C library's in a wider type, over the whole domain.
+// exp, sigmoid, tanh and exp2_of_score of one instruction set against the C library's in a wider type, over the whole
+// domain.
 #pragma once
 
 #include "check.h"
@@ -140,20 +141,27 @@ void check_vec_math(Report& report, const cpu::Kernels& kernels, bool quick) {
   exactly("sigmoid(inf)", table.sigmoid, infinity, 1);
   exactly("sigmoid(-inf)", table.sigmoid, -infinity, 0);
   exactly("sigmoid(0)", table.sigmoid, 0, T(0.5));
+  exactly("exp2_of_score(-inf)", table.exp2_of_score, -infinity, 0);
+  exactly("exp2_of_score(0)", table.exp2_of_score, 0, 1);
   exactly("tanh(0)", table.tanh, 0, 0);
   exactly("tanh(-0)", table.tanh, T(-0.0), T(-0.0));
   exactly("tanh(inf)", table.tanh, infinity, 1);
   exactly("tanh(-inf)", table.tanh, -infinity, -1);
 
   if (!has_its_digits<W>()) {
-    std::printf("%s: long double has no more digits than double here; exp, sigmoid and tanh are not compared\n",
-                report.where.c_str());
+    std::printf(
+        "%s: long double has no more digits than double here; the functions are not compared\n", report.where.c_str());
     return;
   }
   const std::vector<T> x = domain<T>(quick ? 5000 : sizeof(T) == 4 ? 300000 : 100000);
   check_function(report, "exp", table.exp, [](W v) { return std::exp(v); }, 2, x);
   check_function(report, "sigmoid", table.sigmoid, [](W v) { return 1 / (1 + std::exp(-v)); }, 4, x);
   check_function(report, "tanh", table.tanh, [](W v) { return std::tanh(v); }, 4, x);
+  std::vector<T> scores;
+  for (T v : x)
+    if (!(v > 1)) scores.push_back(v);
+  const auto exp2 = [](W v) { return v < std::numeric_limits<T>::min_exponent - 1 ? 0 : std::exp2(v); };
+  check_function(report, "exp2_of_score", table.exp2_of_score, exp2, 2, scores);
 }
 
 }  // namespace fastseq::test

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../attention_params.h"
 #include "build_info.h"
 #include "counters.h"
 #include "direct_call.h"
@@ -55,6 +56,7 @@ PYBIND11_MODULE(_C, m) {
         return out;
       },
       "The cells: gates (G), planes of H kept for backward, states (1: h; 2: h and c).");
+  m.attr("FEW_QUERIES") = kFewQueries;
   m.def("counters", &counters, "Calls of each kernel since the start or the last reset; only kernels that ran.");
   m.def("direct_calls", &direct_calls,
         "Calls since then that went by direct_layer and direct_cell; counters has them too.");
@@ -70,7 +72,7 @@ PYBIND11_MODULE(_C, m) {
     vec_math(function, x.data(), y.mutable_data(), x.size());
     return y;
   };
-  const char* doc = "The kernels' own exp, sigmoid or tanh of a contiguous float32 or float64 array.";
+  const char* doc = "The kernels' own exp, sigmoid, tanh or exp2_of_score of a contiguous float32 or float64 array.";
   m.def(
       "vec_math", [=](const std::string& f, const py::array_t<float, py::array::c_style>& x) { return probe(f, x); },
       py::arg("function"), py::arg("x").noconvert(), doc);

@@ -23,7 +23,8 @@ void apply(const std::string& function, const T* x, T* y, int64_t n) {
   if (function == "exp") return kernels.exp(x, y, n);
   if (function == "sigmoid") return kernels.sigmoid(x, y, n);
   if (function == "tanh") return kernels.tanh(x, y, n);
-  throw std::invalid_argument("function must be exp, sigmoid or tanh; got '" + function + "'");
+  if (function == "exp2_of_score") return kernels.exp2_of_score(x, y, n);
+  throw std::invalid_argument("function must be exp, sigmoid, tanh or exp2_of_score; got '" + function + "'");
 }
 
 }  // namespace
