@@ -1,4 +1,4 @@
-"""exp, sigmoid, tanh and exp2_of_score of the kernels over their whole domain, within the bounds that csrc/cpu/vec_math.h states."""
+"""The kernels' exp, sigmoid, tanh and exp2_of_score over their whole domain, within csrc/cpu/vec_math.h's bounds."""
 
 import os
 import re
