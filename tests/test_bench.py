@@ -24,7 +24,7 @@ from fastseq.bench import (
     roofline,
     scenarios,
 )
-from fastseq.bench.grid import Point
+from fastseq.bench.grid import AttentionPoint, Point
 from fastseq.bench.harness import Noise
 from fastseq.bench.session import Session
 from fastseq.bench.worker import Failed, Service, Worker
@@ -41,7 +41,9 @@ def test_the_full_grid_is_the_product_it_should_be():
     assert len(sizes) == 14 + 8
     wanted = itertools.product(grid.CELLS, grid.MODES, grid.DTYPES, sizes, (1, 2), (1, 2))
     assert not {Point(c, m, dt, *size, L, D) for c, m, dt, size, L, D in wanted} - set(points)
-    assert set(grid.quick()) <= set(points) | {p for p in grid.quick() if (p.B, p.H) == (1, 128)}
+    assert set(grid.quick()) <= set(points) | {
+        p for p in grid.quick() if isinstance(p, Point) and (p.B, p.H) == (1, 128)
+    }
     for form, count in (("cells", 3 * 2 * 2), ("lengths", 3)):
         assert sum(point.form == form for point in points) == count
 
@@ -65,7 +67,9 @@ def test_lengths_are_uniform_between_a_quarter_and_all_of_T():
 AFFORDABLE = [
     p
     for p in grid.full()
-    if p == Point(p.cell, "training", "float32", p.T, p.B, p.I, p.H) and p.T * p.B * p.H * (p.I + p.H) < 3e8
+    if isinstance(p, Point)
+    and p == Point(p.cell, "training", "float32", p.T, p.B, p.I, p.H)
+    and p.T * p.B * p.H * (p.I + p.H) < 3e8
 ]
 
 
@@ -534,6 +538,10 @@ def test_percentile_and_ratios_by_hand():
 
 TINY = [Point(cell, mode, "float32", 4, 2, 3, 5) for cell in grid.CELLS for mode in grid.MODES]
 TINY += [Point("LSTM", "training", "float32", 4, 2, 3, 5, layers=2, directions=2)]
+TINY += [
+    AttentionPoint(form, mode, "float32", 2, 3, 300, 300, 8) for form in grid.ATTENTION_FORMS for mode in grid.MODES
+]
+TINY += [AttentionPoint("full", "inference", "float32", 1, 2, 1, 9000, 64, rotating=True)]
 
 
 @pytest.mark.parametrize("name", peers.PEERS)

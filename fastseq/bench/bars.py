@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from fastseq.bench import results, scenarios
-from fastseq.bench.grid import BATCH_SERIES, STEPS_SERIES, Point
+from fastseq.bench import results, roofline, scenarios
+from fastseq.bench.grid import BATCH_SERIES, DTYPES, LENGTH_SERIES, MODES, STEPS_SERIES, AttentionPoint, Point
 from fastseq.bench.peers import OURS
 from fastseq.bench.results import Document, Row
 
@@ -90,7 +90,11 @@ def _rows(document: Document, fits: Callable[[Point], bool], form: str = "layer"
     return [
         row
         for row in results.rows(document)
-        if row.ours and row.point.form == form and row.point.dtype == dtype and fits(row.point)
+        if row.ours
+        and isinstance(row.point, Point)
+        and row.point.form == form
+        and row.point.dtype == dtype
+        and fits(row.point)
     ]
 
 
@@ -190,7 +194,72 @@ def _size(mode: str, cell: str, *size: int) -> Callable[[Point], bool]:
     return fits
 
 
+def _attention(document: Document, fits: Callable[[AttentionPoint], bool]) -> list[Row]:
+    return [
+        row for row in results.rows(document) if row.ours and isinstance(row.point, AttentionPoint) and fits(row.point)
+    ]
+
+
+def _attention_against(
+    peers: tuple[str, ...], fits: Callable[[AttentionPoint], bool]
+) -> Callable[[Document], Iterable[Value]]:
+    def values(document: Document) -> Iterable[Value]:
+        for row in _attention(document, fits):
+            if best := row.best_peer(peers):
+                yield row.point.key, row.ratio(best) or 0.0
+
+    return values
+
+
+def _attention_size(
+    form: str, mode: str, dtype: str, *size: int, rotating: bool = False
+) -> Callable[[AttentionPoint], bool]:
+    wanted = AttentionPoint(form, mode, dtype, *size, rotating=rotating)
+    return lambda p: p == wanted
+
+
+def _of_register_peak(fits: Callable[[AttentionPoint], bool]) -> Callable[[Document], Iterable[Value]]:
+    """Operations over what multiply-adds in registers would do in the time."""
+
+    def values(document: Document) -> Iterable[Value]:
+        machine = document["machine"]
+        for row in _attention(document, fits):
+            assert row.ours
+            if machine:
+                operations = sum(product.operations for product in roofline.products(row.point))
+                yield row.point.key, operations / row.ours.median / machine["fma"][str(machine["threads"])]
+
+    return values
+
+
+def _attention_growth(document: Document) -> Iterable[Value]:
+    """The largest relative distance from the straight line through the times of a form against its pairs."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in _attention(document, lambda p: (p.form, p.B, p.N, p.L, p.S, p.D) in LENGTH_SERIES):
+        assert row.ours and isinstance(row.point, AttentionPoint)
+        name = f"{row.point.form} attention {row.point.mode}, time against L"
+        series.setdefault(name, []).append((row.point.pairs, row.ours.median))
+    for name, points in series.items():
+        if len(points) > 2:
+            yield name, distance_from_a_line(points)
+
+
 # ---- The bars -------------------------------------------------------------------------------------------------------
+
+ATTENTION_BARS = (
+    ("float32", "causal", (1, 12, 512, 512, 64), 2.4, 2.6),
+    ("float32", "causal", (1, 12, 1024, 1024, 64), 1.8, 1.9),
+    ("float32", "causal", (1, 16, 1024, 1024, 128), 1.6, 1.6),
+    ("float32", "full", (1, 8, 2048, 2048, 64), 1.25, 1.3),
+    ("float32", "full", (8, 8, 128, 128, 32), 1.9, 2.0),
+    ("float32", "full", (32, 4, 64, 64, 64), 1.9, 2.1),
+    ("float32", "window", (1, 12, 4096, 4096, 64), 6.0, 5.0),
+    ("bfloat16", "causal", (1, 12, 512, 512, 64), 4.5, 2.5),
+    ("bfloat16", "causal", (1, 12, 1024, 1024, 64), 3.2, 2.5),
+    ("bfloat16", "full", (1, 8, 2048, 2048, 64), 2.2, 2.5),
+    ("bfloat16", "full", (8, 8, 128, 128, 32), 3.5, 2.5),
+)
+"""dtype, form, (B, N, L, S, D), and the bounds of inference and training."""
 
 BARS: tuple[Bar, ...] = (
     Bar(
@@ -328,4 +397,64 @@ BARS: tuple[Bar, ...] = (
         _streams("calls_per_second", True),
     ),
     Bar("the same, 99th percentile of a call", 1.0, "at least", _streams("p99", False)),
+    *(
+        Bar(
+            f"attention, {form} ({', '.join(map(str, size))}), {dtype} {mode}, against torch",
+            required,
+            "at least",
+            _attention_against(("torch.nn",), _attention_size(form, mode, dtype, *size)),
+        )
+        for dtype, form, size, *bounds in ATTENTION_BARS
+        for mode, required in zip(MODES, bounds, strict=True)
+    ),
+    *(
+        Bar(
+            f"attention of one query to 1024 keys, {dtype}, {'from memory' if rotating else 'in cache'}, against torch",
+            required,
+            "at least",
+            _attention_against(
+                ("torch.nn",),
+                _attention_size("full", "inference", dtype, 1, 12, 1, 1024, 64, rotating=rotating),
+            ),
+        )
+        for dtype, rotating, required in (
+            ("float32", False, 2.0),
+            ("bfloat16", False, 20.0),
+            ("float32", True, 1.35),
+            ("bfloat16", True, 8.0),
+        )
+    ),
+    Bar(
+        "attention of small heads, against ONNX Runtime and plain products",
+        1.0,
+        "at least",
+        _attention_against(
+            ("onnxruntime", "torch matmul"),
+            lambda p: p.dtype == "float32" and (p.B, p.N, p.L, p.D) in ((8, 8, 128, 32), (32, 4, 64, 64)),
+        ),
+    ),
+    *(
+        Bar(
+            f"attention, {form} L = {size[2]}, {mode}, fraction of the multiply-adds in registers",
+            required,
+            "at least",
+            _of_register_peak(_attention_size(form, mode, "float32", *size)),
+        )
+        for form, size, required in (("full", (1, 8, 2048, 2048, 64), 0.82), ("causal", (1, 12, 1024, 1024, 64), 0.75))
+        for mode in MODES
+    ),
+    Bar("attention's time against its pairs, distance from a line", 0.1, "at most", _attention_growth),
+    *(
+        Bar(
+            f"attention, {dtype}, all points, against {who}",
+            1.0,
+            "at least",
+            _attention_against(peers, lambda p, dtype=dtype: p.dtype == dtype),
+        )
+        for dtype in DTYPES
+        for who, peers in (
+            ("torch", ("torch.nn", "torch matmul")),
+            ("jax, ONNX Runtime and OpenVINO", ("jax", "onnxruntime", "openvino")),
+        )
+    ),
 )

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastseq.bench import report, results
-from fastseq.bench.grid import CELLS, MODES, Point
+from fastseq.bench.grid import ATTENTION, ATTENTION_FORMS, CELLS, MODES, AnyPoint, AttentionPoint
 from fastseq.bench.peers import OURS, PEERS
 from fastseq.bench.results import Document, Row
 
-COLOURS = dict(zip(PEERS, ("#6c757d", "#b5a27f", "#2a7fba", "#7a4fa3", "#2f9e6d", "#e08e1b"), strict=True))
+COLOURS = dict(zip(PEERS, ("#6c757d", "#b5a27f", "#444444", "#2a7fba", "#7a4fa3", "#2f9e6d", "#e08e1b"), strict=True))
 COLOURS[OURS] = "#d1495b"
-MARKERS = dict(zip(PEERS, "osD^vP", strict=True))
+MARKERS = dict(zip(PEERS, "osXD^vP", strict=True))
 
 STYLE = """
 :root { color-scheme: light; }
@@ -95,7 +95,7 @@ def _pictures(document: Document) -> list[tuple[str, str]]:
     for mode, dtype in kinds:
         of_kind = [row for row in rows if (row.point.mode, row.point.dtype) == (mode, dtype)]
         pictures.append((f"{mode}, {dtype}: ratio to each peer, and fraction of the floor", _ratios(of_kind)))
-    for letter in "TBH":
+    for letter in "TBHL":
         if picture := _growth(rows, letter):
             pictures.append((f"Time against {letter}", picture))
     return pictures
@@ -109,7 +109,7 @@ def _ratios(rows: Sequence[Row]) -> str:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, height), sharey=True, gridspec_kw={"width_ratios": (3, 1), "wspace": 0.04}
     )
-    labels = [_label(row.point) for row in rows]
+    labels = [row.point.label for row in rows]
     for peer in PEERS:
         places = [(ratio, y) for y, row in enumerate(rows) if (ratio := row.ratio(peer))]
         if places:
@@ -138,17 +138,18 @@ def _ratios(rows: Sequence[Row]) -> str:
 
 
 def _growth(rows: Sequence[Row], letter: str) -> str | None:
-    """Time against one size, all others the same: a panel for each cell and mode that has such a series."""
+    """Time against one size, all others the same: a panel for each kind of row and mode that has such a series."""
     from matplotlib import pyplot as plt
 
-    series = {(cell, mode): _series(rows, cell, mode, letter) for cell, mode in itertools.product(CELLS, MODES)}
-    modes = [mode for mode in MODES if any(series[cell, mode] for cell in CELLS)]
-    cells = [cell for cell in CELLS if any(series[cell, mode] for mode in modes)]
+    kinds = [(cell, "layer") for cell in CELLS] if letter in "TBH" else [(ATTENTION, form) for form in ATTENTION_FORMS]
+    series = {(kind, mode): _series(rows, *kind, mode, letter) for kind, mode in itertools.product(kinds, MODES)}
+    modes = [mode for mode in MODES if any(series[kind, mode] for kind in kinds)]
+    kinds = [kind for kind in kinds if any(series[kind, mode] for mode in modes)]
     if not modes:
         return None
-    figure, axes = plt.subplots(len(modes), len(cells), figsize=(11, 3.1 * len(modes) + 0.4), squeeze=False)
-    for (i, mode), (j, cell) in itertools.product(enumerate(modes), enumerate(cells)):
-        axis, taken = axes[i][j], series[cell, mode]
+    figure, axes = plt.subplots(len(modes), len(kinds), figsize=(11, 3.1 * len(modes) + 0.4), squeeze=False)
+    for (i, mode), (j, (cell, form)) in itertools.product(enumerate(modes), enumerate(kinds)):
+        axis, taken = axes[i][j], series[(cell, form), mode]
         if not taken:
             axis.set_axis_off()
             continue
@@ -162,14 +163,15 @@ def _growth(rows: Sequence[Row], letter: str) -> str | None:
                 axis.plot(x, y, color=COLOURS[peer], marker=MARKERS[peer], markersize=3, linewidth=1, label=peer)
         ours = [row.ours.median * 1e3 for row in taken if row.ours]
         axis.plot(sizes, ours, color=COLOURS[OURS], marker="o", markersize=4, linewidth=2, label=OURS)
-        power, label = (2, "as H²") if letter == "H" else (1, "in proportion")
+        power, label = (1, "in proportion") if letter in "TB" or form == "window" else (2, f"as {letter}²")
         axis.plot(sizes, [ours[-1] * (n / sizes[-1]) ** power for n in sizes], color="#999", linestyle=":", label=label)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xticks(sizes, [str(n) for n in sizes])
         axis.minorticks_off()
         axis.yaxis.set_major_formatter(_plain)
-        axis.set_title(f"{cell} {mode}, {_fixed(taken[0].point, letter)}", fontsize=9)
+        kind = cell if form == "layer" else f"{cell}, {form},"
+        axis.set_title(f"{kind} {mode}, {_fixed(taken[0].point, letter)}", fontsize=9)
         axis.set_xlabel(letter)
         axis.grid(alpha=0.25)
         if j == 0:
@@ -183,25 +185,24 @@ def _growth(rows: Sequence[Row], letter: str) -> str | None:
     return _svg(figure)
 
 
-def _series(rows: Sequence[Row], cell: str, mode: str, letter: str) -> list[Row]:
-    """The longest series of that size with all others the same (I follows H), at least three rows; in its order."""
+def _series(rows: Sequence[Row], cell: str, form: str, mode: str, letter: str) -> list[Row]:
+    """The longest series of that size with all others the same (I follows H, S follows L), at least three rows; in its
+    order."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         p = row.point
-        if (p.cell, p.mode, p.dtype, p.form) == (cell, mode, "float32", "layer") and p.I == p.H:
-            groups.setdefault(f"{_fixed(p, letter)} {p.layers} {p.directions}", []).append(row)
+        if (p.cell, p.form, p.mode, p.dtype) == (cell, form, mode, "float32"):
+            square = p.L == p.S if isinstance(p, AttentionPoint) else p.I == p.H
+            rest = "" if isinstance(p, AttentionPoint) else f"{p.layers} {p.directions}"
+            if square:
+                groups.setdefault(f"{_fixed(p, letter)} {rest}", []).append(row)
     longest = max(groups.values(), key=len, default=[])
     return sorted(longest, key=lambda row: getattr(row.point, letter)) if len(longest) >= 3 else []
 
 
-def _fixed(point: Point, letter: str) -> str:
-    return " ".join(f"{name}={getattr(point, name)}" for name in "TBH" if name != letter)
-
-
-def _label(p: Point) -> str:
-    size = f"T{p.T} B{p.B} " + (f"H{p.H}" if p.I == p.H else f"I{p.I} H{p.H}")
-    stack = (f" L{p.layers}" if p.layers > 1 else "") + (" bi" if p.directions == 2 else "")
-    return f"{p.cell} {size}{stack}" + (f" {p.form}" if p.form != "layer" else "")
+def _fixed(point: AnyPoint, letter: str) -> str:
+    letters = "BNLD" if isinstance(point, AttentionPoint) else "TBH"
+    return " ".join(f"{name}={getattr(point, name)}" for name in letters if name != letter)
 
 
 def _plain(value: float, _: object) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastseq.bench.grid import Point
+from fastseq.bench.grid import AttentionPoint, Point
 
 Array = NDArray[np.float32]
 
@@ -48,6 +48,42 @@ class Numbers:
     def place(self, layer: int, direction: int) -> list[Array]:
         """W_ih (G*H, ·), W_hh (G*H, H), b_ih and b_hh (G*H,) of one layer and direction."""
         return [self.weights[name] for name in names_of(layer, direction)]
+
+
+@dataclass(frozen=True)
+class AttentionNumbers:
+    """What a point of attention is computed of; float32, rounded to bfloat16 where the point is in that.
+
+    Attributes:
+        q, d_output: (B, N, L, D). k, v: (B, N, S, D).
+        mask: (B, 1, L, S) of bool, True: is seen; or (N, L, S), added; or None.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    d_output: Array
+    mask: NDArray[np.generic] | None
+
+    @classmethod
+    def of(cls, point: AttentionPoint) -> AttentionNumbers:
+        """Drawn from a fixed seed: every process that asks gets the same."""
+        generator = torch.Generator().manual_seed(1)
+
+        def drawn(*sizes: int) -> Array:
+            t = torch.randn(sizes, generator=generator)
+            return t.to(getattr(torch, point.dtype)).float().numpy()
+
+        queries, keys = ((point.B, point.N, rows, point.D) for rows in (point.L, point.S))
+        q, k, v, d_output = drawn(*queries), drawn(*keys), drawn(*keys), drawn(*queries)
+        mask: NDArray[np.generic] | None = None
+        if point.form == "bias":
+            mask = drawn(point.N, point.L, point.S)
+        elif point.form == "mask":
+            seen = torch.rand(point.B, 1, point.L, point.S, generator=generator) < 0.9
+            seen[..., 0] = True  # of a row that sees nothing libraries think differently
+            mask = seen.numpy()
+        return cls(q, k, v, d_output, mask)
 
 
 def names_of(layer: int, direction: int) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import fastseq
 from fastseq import _load
 from fastseq.bench import roofline
-from fastseq.bench.grid import Point
+from fastseq.bench.grid import AnyPoint, point_of
 from fastseq.bench.harness import Noise, Summary, summarise
 from fastseq.bench.peers import OURS, PEERS
 
@@ -76,7 +76,7 @@ class Row:
         floor: seconds; None without a measured machine.
     """
 
-    point: Point
+    point: AnyPoint
     contenders: dict[str, dict[str, Any]]
     ours: Summary | None
     peers: dict[str, Summary]
@@ -120,7 +120,7 @@ def rows(document: Document) -> Iterator[Row]:
     """In the order in which they were measured."""
     noise = Noise(document["best_probe"])
     for data in document["rows"].values():
-        point = Point(**data["point"])
+        point = point_of(data["point"])
         summaries = {
             name: summary
             for name, contender in data["contenders"].items()

@@ -14,6 +14,10 @@ and dW_hh = dghᵀ h, 2 N H G H operations and G H² numbers once. In the layers
 is the best of torch, oneDNN and ours in the row's dtype on all processors (float32's where bfloat16's is slower). The
 threads share the weights: a level holds them if all of its caches together do, and gives the bandwidth of all threads
 together.
+
+Attention's products take 2 P D operations in each of B N heads, P the pairs of a query and a key that it may see: the
+scores and the sum of values, and in training the scores once more, dP, dV, dK and dQ. Their bytes are those of keys and
+values, which are read once, of rotating ones from memory.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastseq.bench.grid import Point
+from fastseq.bench.grid import AnyPoint, AttentionPoint
 
 LEVELS = ("L1", "L2", "L3", "memory")
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -43,8 +47,14 @@ class Product:
     reads: int
 
 
-def products(point: Point) -> Iterator[Product]:
+def products(point: AnyPoint) -> Iterator[Product]:
     """Those that the floor adds up."""
+    if isinstance(point, AttentionPoint):
+        operations = 2.0 * point.B * point.N * point.pairs * point.D
+        read = point.B * point.N * point.S * point.D * BYTES[point.dtype]
+        names = ("scores", "out") + (("scores again", "dP", "dV", "dK", "dQ") if point.mode == "training" else ())
+        yield from (Product(name, operations, read, 1) for name in names)
+        return
     lengths = point.lengths()
     rows = point.T * point.B if lengths is None else int(lengths.sum())
     G, H, size = point.gates, point.H, BYTES[point.dtype]
@@ -62,11 +72,17 @@ def products(point: Point) -> Iterator[Product]:
                 yield Product("dW_hh", *recurrence, 1)
 
 
-def floor(point: Point, machine: dict[str, Any]) -> float:
+def floor(point: AnyPoint, machine: dict[str, Any]) -> float:
     """Seconds below which the point cannot come on a machine as `measure` describes it."""
     peak = max(machine["gemm"][dtype]["rate"] for dtype in {"float32", point.dtype})
+    rotating = isinstance(point, AttentionPoint) and point.rotating
     return sum(
-        max(p.operations / peak, p.reads * p.weight_bytes / machine["bandwidth"][level_of(p.weight_bytes, machine)])
+        max(
+            p.operations / peak,
+            p.reads
+            * p.weight_bytes
+            / machine["bandwidth"]["memory" if rotating else level_of(p.weight_bytes, machine)],
+        )
         for p in products(point)
     )
 

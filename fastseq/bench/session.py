@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastseq.bench import roofline, scenarios
-from fastseq.bench.grid import Point
+from fastseq.bench.grid import AnyPoint, Point
 from fastseq.bench.harness import BURST, ROUNDS, Noise, interleave, rounds_within
 from fastseq.bench.peers import OURS, PEERS, Peer, Unsupported, load
 from fastseq.bench.problem import disagreement
@@ -126,7 +126,7 @@ class Session:
 
     # ---- Rows -------------------------------------------------------------------------------------------------------
 
-    def done(self, point: Point) -> bool:
+    def done(self, point: AnyPoint) -> bool:
         """Whether the document has the point with every peer that can be had here."""
         row = self.document["rows"].get(point.key)
         return row is not None and all(
@@ -134,7 +134,7 @@ class Session:
             for name in self._peers
         )
 
-    def measure(self, point: Point) -> None:
+    def measure(self, point: AnyPoint) -> None:
         """Prepares every contender, compares its results with ours, and times those that agree, in turns."""
         contenders: dict[str, dict[str, Any]] = {}
         ours: dict[str, Any] | None = None
@@ -151,7 +151,7 @@ class Session:
     def _available(self, name: str) -> bool:
         return name == OURS or (name in self._peers and not self.document["peers"][name].get("missing"))
 
-    def _prepare(self, name: str, point: Point, ours: dict[str, Any] | None) -> dict[str, Any]:
+    def _prepare(self, name: str, point: AnyPoint, ours: dict[str, Any] | None) -> dict[str, Any]:
         """Ready with its better number of threads, or the word why not."""
         if not self._available(name):
             return {"missing": self.document["peers"][name]["missing"]}

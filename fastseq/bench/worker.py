@@ -20,7 +20,7 @@ from typing import Any
 import fastseq
 from fastseq import _load
 from fastseq.bench import memory, peers
-from fastseq.bench.grid import Point
+from fastseq.bench.grid import AnyPoint, point_of
 
 ANSWER_SECONDS = 600.0  # a peer that takes longer to prepare a point or to compute a burst is given up
 
@@ -34,14 +34,14 @@ class Service:
 
     def __init__(self, name: str) -> None:
         self.peer = peers.load(name)
-        self._point: Point | None = None
+        self._point: AnyPoint | None = None
         self._prepared: dict[int, peers.Prepared] = {}
 
     def prepare(self, point: dict[str, Any], threads: int) -> tuple[dict[str, Any], str, list[int]]:
         """Results of the first call, settings, and the processes that compute."""
-        if self._point != Point(**point):
+        if self._point != point_of(point):
             self._prepared.clear()
-            self._point = Point(**point)
+            self._point = point_of(point)
         prepared = self._prepared[threads] = self.peer.prepare(self._point, threads)
         return prepared.results, prepared.settings, prepared.pids
 
@@ -180,7 +180,7 @@ class Worker:
             raise Failed(value)
         return value
 
-    def prepare(self, point: Point, threads: int) -> tuple[dict[str, Any], str]:
+    def prepare(self, point: AnyPoint, threads: int) -> tuple[dict[str, Any], str]:
         """Results of the first call by name, and the settings."""
         results, settings, pids = self.ask("prepare", point.as_dict(), threads)
         self.pids = sorted({self._process.pid, *pids})

@@ -26,13 +26,30 @@ QUICK_ROUNDS, QUICK_ROW_SECONDS = 5, 1.5
 
 @click.group(invoke_without_command=True)
 @click.option("--quick/--full", default=True, help="A choice of points in under two minutes, or all: some hours.")
-@click.option("--cell", "cells", multiple=True, type=click.Choice(grid.CELLS), help="Only this cell.")
+@click.option(
+    "--cell",
+    "cells",
+    multiple=True,
+    type=click.Choice((*grid.CELLS, grid.ATTENTION)),
+    help="Only this cell, or attention.",
+)
 @click.option("--mode", "modes", multiple=True, type=click.Choice(grid.MODES), help="Only this mode.")
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(grid.DTYPES), help="Only this dtype.")
-@click.option("--form", "forms", multiple=True, type=click.Choice(grid.FORMS), help="Only layers, cells in a loop, ...")
+@click.option(
+    "--form",
+    "forms",
+    multiple=True,
+    type=click.Choice((*grid.FORMS, *grid.ATTENTION_FORMS)),
+    help="Only layers, cells in a loop, causal attention, ...",
+)
 @click.option("--layers", multiple=True, type=click.IntRange(1, 2), help="Only stacks of so many layers.")
 @click.option("--directions", multiple=True, type=click.IntRange(1, 2), help="Only one direction, or two.")
-@click.option("--only", "sizes", multiple=True, help="Only sizes that fit: T>=16, B=1, H!=512, on T, B, I, H.")
+@click.option(
+    "--only",
+    "sizes",
+    multiple=True,
+    help="Only sizes that fit: T>=16, B=1, H!=512, on T, B, I, H; of attention on B, N, L, S, D.",
+)
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Only rows, streams, busy or memory.")
 @click.option("--peer", "peers", multiple=True, type=click.Choice(PEERS), help="Only this peer (then incomplete).")
 @click.option("--threads", multiple=True, type=click.IntRange(min=1), help="To try; 1 and all otherwise.")
@@ -73,6 +90,7 @@ def bench(
     \b
     python -m fastseq bench --full --cell GRU --mode inference --json gru.json
     python -m fastseq bench --full --only 'T>=100' --only B=1
+    python -m fastseq bench --full --cell attention --form causal
     python -m fastseq bench report fastseq-bench/results.json      the tables and the page again
     python -m fastseq bench compare before.json after.json         what became slower; exit code 1 if anything did
     """
@@ -139,7 +157,7 @@ def save(path: Path, document: Document) -> None:
     write(path, json.dumps(document))
 
 
-def run(session: Session, wanted: dict[str, list[grid.Point]], save: Callable[[], None], quick: bool) -> bool:
+def run(session: Session, wanted: dict[str, list[grid.AnyPoint]], save: Callable[[], None], quick: bool) -> bool:
     """Measures what the document does not have; True if it was stopped by Ctrl-C."""
     document = session.document
     tasks: list[tuple[str, Callable[[], None]]] = []

@@ -15,6 +15,7 @@ _CLASSES = {
     OURS: ("torch_modules", "Fastseq"),
     "torch.nn": ("torch_modules", "TorchNN"),
     "torch cells": ("torch_modules", "TorchCells"),
+    "torch matmul": ("torch_modules", "TorchMatmul"),
     "onnxruntime": ("onnxruntime", "OnnxRuntime"),
     "openvino": ("openvino", "OpenVino"),
     "jax": ("jax", "Jax"),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastseq.bench.grid import Point
+from fastseq.bench.grid import AnyPoint
 from fastseq.bench.problem import Array
 
 
@@ -23,7 +23,8 @@ class Prepared:
 
     Attributes:
         call: runs it once, to the end, as a user's Python would.
-        results: "output" (T, B, D*H), and in training "d_x" and "d_" of each parameter by torch.nn's names; float32.
+        results: "output" (T, B, D*H), and in training "d_x" and "d_" of each parameter by torch.nn's names; of
+            attention "output" (B, N, L, D), and in training "d_q", "d_k" and "d_v"; float32.
         settings: what was chosen besides the number of threads, for the report.
         pids: the processes that compute, whose thread pools must sleep before it is another's turn.
         burst: seconds of so many calls, where it is not Python that calls.
@@ -73,7 +74,7 @@ class Peer:
         """Of what is installed."""
         return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in self.distributions)
 
-    def unsupported(self, point: Point) -> str | None:
+    def unsupported(self, point: AnyPoint) -> str | None:
         """Why it does not do this point, in half a sentence, as far as that is known beforehand; None where it does."""
         raise NotImplementedError
 
@@ -87,8 +88,8 @@ class Peer:
         """FLOP/s of its product of two matrices (size, size), for the peak of the machine; None where it has none."""
         return None
 
-    def prepare(self, point: Point, threads: int) -> Prepared:
-        """Builds the point from `Numbers.of(point)` and runs it once.
+    def prepare(self, point: AnyPoint, threads: int) -> Prepared:
+        """Builds the point from `Numbers.of(point)`, or `AttentionNumbers.of(point)`, and runs it once.
 
         Raises:
             Unsupported: it turns out here that the peer does not do this.

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from fastseq.bench.grid import Point
+from fastseq.bench.grid import WINDOW, AnyPoint, AttentionPoint, Point
 from fastseq.bench.peers.base import Peer, Prepared
-from fastseq.bench.problem import Numbers, names_of
+from fastseq.bench.problem import AttentionNumbers, Numbers, names_of
 
 
 class Jax(Peer):
@@ -21,8 +21,10 @@ class Jax(Peer):
     distributions = ("jax", "jaxlib")
     threads_at_start = True
 
-    def unsupported(self, point: Point) -> str | None:
-        """Layers over full rows."""
+    def unsupported(self, point: AnyPoint) -> str | None:
+        """Layers over full rows, and attention."""
+        if isinstance(point, AttentionPoint):
+            return "measured with keys in cache" if point.rotating else None
         return "measured for whole layers and full rows" if point.form != "layer" else None
 
     def start(self, threads: int) -> None:
@@ -30,8 +32,10 @@ class Jax(Peer):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
         os.environ["JAX_PLATFORMS"] = "cpu"
 
-    def prepare(self, point: Point, threads: int) -> Prepared:
+    def prepare(self, point: AnyPoint, threads: int) -> Prepared:
         """Compiles the layer, or its value and gradient."""
+        if isinstance(point, AttentionPoint):
+            return _attention(point)
         import jax
         import jax.numpy as jnp
 
@@ -61,6 +65,46 @@ class Jax(Peer):
         results = {"output": _array(output), "d_x": _array(d_x)}
         results |= {f"d_{name}": _array(gradient) for name, gradient in d_weights.items()}
         return Prepared(training, results, "jit(value_and_grad), projection hoisted")
+
+
+def _attention(point: AttentionPoint) -> Prepared:
+    """jax.nn.dot_product_attention, which has heads after rows: (B, L, N, D)."""
+    import jax
+    import jax.numpy as jnp
+
+    numbers, dtype = AttentionNumbers.of(point), jnp.dtype(point.dtype)
+    q, k, v, d_output = (
+        jnp.asarray(t.swapaxes(1, 2), dtype) for t in (numbers.q, numbers.k, numbers.v, numbers.d_output)
+    )
+    options: dict[str, Any] = {"is_causal": point.form in ("causal", "window")}
+    if point.form == "window":
+        options["local_window_size"] = (WINDOW, 0)
+    if numbers.mask is not None:
+        mask = jnp.asarray(numbers.mask)
+        options |= {"mask": mask} if mask.dtype == bool else {"bias": mask[None].astype(dtype)}
+
+    def run(q: Any, k: Any, v: Any) -> Any:
+        return jax.nn.dot_product_attention(q, k, v, **options)
+
+    def loss(q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+        output = run(q, k, v)
+        return (output.astype(jnp.float32) * d_output.astype(jnp.float32)).sum(), output
+
+    if point.mode == "inference":
+        compiled = jax.jit(run)
+
+        def inference() -> Any:
+            return compiled(q, k, v).block_until_ready()
+
+        return Prepared(inference, {"output": _array(inference()).swapaxes(1, 2)}, "jit")
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+    def training() -> Any:
+        return jax.block_until_ready(step(q, k, v))
+
+    (_, output), gradients = training()
+    results = {"output": _array(output)} | {f"d_{n}": _array(g) for n, g in zip("qkv", gradients, strict=True)}
+    return Prepared(training, {n: a.swapaxes(1, 2) for n, a in results.items()}, "jit(value_and_grad)")
 
 
 def _array(x: Any) -> np.ndarray:

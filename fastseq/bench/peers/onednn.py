@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastseq.bench.grid import Point
+from fastseq.bench.grid import AnyPoint, AttentionPoint, Point
 from fastseq.bench.peers.base import Peer, Prepared, Unsupported
 from fastseq.bench.problem import Array, Numbers, names_of
 
@@ -35,8 +35,10 @@ class OneDnn(Peer):
         """Needs the repository, for the program's source, and a compiler."""
         return super().missing() or (None if SOURCE.is_file() else "its program is in the repository alone")
 
-    def unsupported(self, point: Point) -> str | None:
+    def unsupported(self, point: AnyPoint) -> str | None:
         """Layers over full rows; bfloat16 in inference."""
+        if isinstance(point, AttentionPoint):
+            return "measured for recurrent layers"
         if point.form != "layer":
             return "measured for whole layers and full rows"
         if point.dtype == "bfloat16" and point.mode == "training":

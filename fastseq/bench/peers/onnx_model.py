@@ -4,15 +4,45 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastseq.bench.grid import Point
-from fastseq.bench.problem import Array, Numbers
+from fastseq.bench.grid import AnyPoint, AttentionPoint, Point
+from fastseq.bench.problem import Array, AttentionNumbers, Numbers
 
 GATE_ORDER = {"RNN": (0,), "GRU": (1, 0, 2), "LSTM": (0, 3, 1, 2)}
 """ONNX's gates by their place in PyTorch's order: z r h of r z n, i o f c of i f g o."""
 
 
-def build(point: Point) -> bytes:
-    """The serialized model: "x" (T, B, I) to "output" (T, B, D*H); one recurrent node a layer, weights inside."""
+def build(point: AnyPoint) -> bytes:
+    """The serialized model."""
+    return _attention(point) if isinstance(point, AttentionPoint) else _recurrent(point)
+
+
+def feed(point: AnyPoint) -> dict[str, np.ndarray]:
+    """Its inputs."""
+    if not isinstance(point, AttentionPoint):
+        return {"x": Numbers.of(point).x}
+    numbers = AttentionNumbers.of(point)
+    named = {"q": numbers.q, "k": numbers.k, "v": numbers.v, "mask": numbers.mask}
+    return {name: array for name, array in named.items() if array is not None}
+
+
+def _attention(point: AttentionPoint) -> bytes:
+    """ "q", "k", "v" and, if there is one, "mask" to "output" (B, N, L, D): one node of ONNX's Attention."""
+    from onnx import TensorProto, helper
+
+    types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.bool_): TensorProto.BOOL}
+    inputs = {name: (types[array.dtype], array.shape) for name, array in feed(point).items()}
+    node = helper.make_node("Attention", list(inputs), ["output"], is_causal=int(point.form == "causal"))
+    graph = helper.make_graph(
+        [node],
+        "point",
+        [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, inputs["q"][1])],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11).SerializeToString()
+
+
+def _recurrent(point: Point) -> bytes:
+    """ "x" (T, B, I) to "output" (T, B, D*H); one recurrent node a layer, weights inside."""
     from onnx import TensorProto, helper, numpy_helper
 
     numbers = Numbers.of(point)
@@ -54,10 +84,14 @@ def _reordered(w: Array, point: Point) -> Array:
     return np.ascontiguousarray(gates[list(GATE_ORDER[point.cell])]).reshape(w.shape)
 
 
-def unsupported(point: Point) -> str | None:
+def unsupported(point: AnyPoint) -> str | None:
     """What no runtime of ONNX models does here."""
     if point.mode == "training":
         return "inference only"
+    if isinstance(point, AttentionPoint):
+        if point.form == "window":
+            return "ONNX's Attention has no window"
+        return "measured with keys in cache" if point.rotating else None
     if point.form != "layer":
         return "measured for whole layers and full rows"
     return None

@@ -13,15 +13,17 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import fastseq
 from fastseq import _load
-from fastseq.bench.grid import Point
+from fastseq.bench.grid import AnyPoint, AttentionPoint, Point
+from fastseq.bench.peers import torch_attention
 from fastseq.bench.peers.base import Peer, Prepared
 from fastseq.bench.problem import Numbers
 
 
 class _Modules(Peer):
     library: Any
+    attention: Any
 
-    def unsupported(self, point: Point) -> str | None:
+    def unsupported(self, point: AnyPoint) -> str | None:
         """All points are supported."""
         return None
 
@@ -29,9 +31,11 @@ class _Modules(Peer):
         """torch has one number for the process."""
         torch.set_num_threads(threads)
 
-    def prepare(self, point: Point, threads: int) -> Prepared:
-        """A layer, or a cell for the form "cells", with the point's weights."""
+    def prepare(self, point: AnyPoint, threads: int) -> Prepared:
+        """A layer, or a cell for the form "cells", with the point's weights; or attention."""
         torch.set_num_threads(threads)
+        if isinstance(point, AttentionPoint):
+            return torch_attention.prepare(type(self).attention, point, "eager")
         numbers, dtype = Numbers.of(point), getattr(torch, point.dtype)
         training = point.mode == "training"
         if point.form == "cells":
@@ -91,6 +95,7 @@ class Fastseq(_Modules):
 
     name = "fastseq"
     library = fastseq
+    attention = staticmethod(torch_attention.of_fastseq)
     distributions = ("fastseq",)
 
     def _layer(self, layer: torch.nn.Module, point: Point) -> Callable[[Tensor], Tensor]:
@@ -114,10 +119,11 @@ class Fastseq(_Modules):
 
 
 class TorchNN(_Modules):
-    """torch.nn, eager; rows of any length as a packed sequence, packing and padding included."""
+    """torch.nn and its functions, eager; rows of any length as a packed sequence, packing and padding included."""
 
     name = "torch.nn"
     library = torch.nn
+    attention = staticmethod(torch_attention.of_torch)
     distributions = ("torch",)
 
     def _layer(self, layer: torch.nn.Module, point: Point) -> Callable[[Tensor], Tensor]:
@@ -146,17 +152,31 @@ class TorchCells(_Modules):
     library = torch.nn
     distributions = ("torch",)
 
-    def unsupported(self, point: Point) -> str | None:
+    def unsupported(self, point: AnyPoint) -> str | None:
         """Loops over many steps are far behind whatever the size: they are measured up to T = 100, one layer."""
+        if isinstance(point, AttentionPoint):
+            return "attention has no cells"
         if point.form != "layer":
             return "measured against our cells or layers by torch.nn itself"
         if point.layers > 1 or point.directions > 1 or point.T > 100:
             return "a loop over cells is measured for one layer in one direction, up to T = 100"
         return None
 
-    def prepare(self, point: Point, threads: int) -> Prepared:
+    def prepare(self, point: AnyPoint, threads: int) -> Prepared:
         """The point as its cells."""
         return super().prepare(Point(**point.as_dict() | {"form": "cells"}), threads)
+
+
+class TorchMatmul(_Modules):
+    """Attention as two products of torch with a softmax between them, the scores in memory."""
+
+    name = "torch matmul"
+    attention = staticmethod(torch_attention.plain)
+    distributions = ("torch",)
+
+    def unsupported(self, point: AnyPoint) -> str | None:
+        """Attention."""
+        return None if isinstance(point, AttentionPoint) else "measured for attention"
 
 
 def _gemm_rate(product: Callable[[], Any], size: int) -> float:
