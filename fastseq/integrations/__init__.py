@@ -1,0 +1,1 @@
+"""What makes other libraries run fastseq's kernels, a module each; none is imported with fastseq."""
