@@ -44,8 +44,8 @@ def scaled_dot_product_attention(
     Args:
         query: (..., N, L, D). key: (..., N, S, D). value: (..., N, S, Dv). Leading dimensions broadcast; of fewer than
             four dimensions those missing are 1.
-        attn_mask: broadcastable to (..., N, L, S): bool, False where a query does not see a key; or of query's dtype,
-            added to the scores, and differentiable.
+        attn_mask: broadcastable to (..., N, L, S): bool, False where a query does not see a key; or of floating-point
+            numbers, which are added to the scores, in query's dtype, and differentiable.
         dropout_p: each probability is 0 with this probability, in steps of 2⁻¹⁶, and the others are divided by
             1 - dropout_p (Srivastava et al., "Dropout", 2014). Which ones are is a function of one number that is drawn
             from torch's generator, so `torch.manual_seed` repeats them; no mask is kept for backward.
@@ -66,7 +66,8 @@ def scaled_dot_product_attention(
     Returns:
         (..., N, L, Dv). A query that sees no key has zeros and zero gradients, where torch has NaN.
 
-    float32, float64 and bfloat16 (with sums in float32) have kernels; float16 is converted to float32 and back.
+    float32, float64 and bfloat16 (with sums in float32) have kernels; float16 is converted to float32 and back. Under
+    autocast all but float64 is converted to its dtype, as for torch's function.
     Differentiable twice. Under `torch.func` transforms and forward-mode AD the call runs `fastseq.reference.attention`,
     plain PyTorch, and so does the second derivative; a piece of the queries at a time, so that no more than 2²² scores
     are there at once, unless autograd keeps them.
@@ -208,14 +209,18 @@ def attention_options(
 def attention_in_kernel_type(
     query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """`attention`, of float16 converted to float32 and back."""
-    if query.dtype is not torch.float16:
-        return attention(query, key, value, options)
+    """`attention`, under autocast in its dtype; of float16 converted to float32 and back."""
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+    half = query.dtype is torch.float16
+    if half:
+        query, key, value = query.float(), key.float(), value.float()
     mask = options.attn_mask
-    if mask is not None and mask.dtype != torch.bool:
-        options = options._replace(attn_mask=mask.float())
-    out, lse = attention(query.float(), key.float(), value.float(), options)
-    return out.half(), lse
+    if mask is not None and mask.dtype != query.dtype and mask.is_floating_point():
+        options = options._replace(attn_mask=mask.to(query.dtype))
+    out, lse = attention(query, key, value, options)
+    return (out.half() if half else out), lse
 
 
 def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:

@@ -218,6 +218,26 @@ def test_float16():
     assert torch.autograd.grad(out.sum(), tensors)[0].dtype == torch.float16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    q, k, v = [torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3)]
+    mask = torch.randn(6, 6)
+    with torch.autocast("cpu", dtype):
+        out, want = sdpa(q, k, v.to(dtype), mask), F.scaled_dot_product_attention(q, k, v.to(dtype), mask)
+        assert sdpa(*[t.double() for t in (q, k, v)]).dtype == torch.float64
+    assert out.dtype == want.dtype == dtype
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+    assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
+
+
+def test_a_mask_of_another_floating_type():
+    q = torch.randn(1, 2, 6, 8).bfloat16()
+    mask = torch.randn(6, 6, requires_grad=True)
+    out = sdpa(q, q, q, mask)
+    assert torch.equal(out, sdpa(q, q, q, mask.bfloat16()))
+    assert torch.autograd.grad(out.float().sum(), mask)[0].dtype == torch.float32
+
+
 def test_no_call_goes_to_torchs_attention(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("torch's attention was called")

@@ -141,6 +141,37 @@ def test_logits(name, padding, use):
             assert _C.counters() == {}
 
 
+def test_softcap(use):
+    model = build("gemma2")
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 2.0
+    ids, mask = inputs("left")
+    found = {}
+    with torch.no_grad():
+        for implementation in ("fastseq", "eager"):
+            use(model, implementation)
+            found[implementation] = outputs(model, ids, mask)
+        near(found["fastseq"], found["eager"])
+        model.model.layers[0].self_attn.attn_logit_softcapping = None
+        assert not torch.allclose(outputs(model, ids, mask), found["eager"], atol=1e-3)  # it mattered
+
+
+def test_dropout_in_training(use):
+    config = DECODERS["gpt2"]()
+    config.attn_pdrop = 0.3
+    model = transformers.GPT2LMHeadModel(config).train()
+    use(model, "fastseq")
+    ids, _ = inputs("none")
+    first, second = [model(ids, labels=ids) for _ in range(2)]
+    assert not torch.equal(first.logits, second.logits)
+    first.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert _C.counters() == {"attention_forward/float32": 4, "attention_backward/float32": 2}
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model(ids).logits)
+
+
 def gradients(model, ids, mask, weights):
     model.zero_grad()
     (outputs(model, ids, mask) * weights).sum().backward()

@@ -164,11 +164,6 @@ def _attention(
             attention_mask = position_bias.masked_fill(~attention_mask, -math.inf)
         else:
             attention_mask = position_bias + attention_mask
-    if torch.is_autocast_enabled(query.device.type):  # which casts for torch's own function alone
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        attention_mask = attention_mask.to(query.dtype)
     out = fastseq.scaled_dot_product_attention(
         query,
         key,
@@ -178,7 +173,7 @@ def _attention(
         scale=scaling,
         enable_gqa=True,
         window=window,
+        softcap=softcap,
         causal_alignment="bottom_right",
-        **({} if softcap is None else {"softcap": softcap}),
     )
     return out.transpose(1, 2).contiguous(), None
