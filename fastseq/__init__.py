@@ -6,6 +6,7 @@ from fastseq.attention import scaled_dot_product_attention, varlen_attention
 from fastseq.convert import ConversionReport, convert, to_torch
 from fastseq.explain import Explanation, explain
 from fastseq.kv_cache import KVCache
+from fastseq.multihead_attention import MultiheadAttention
 from fastseq.rnn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 
 __version__ = _C.version()
@@ -25,6 +26,7 @@ __all__ = [
     "GRUCell",
     "KVCache",
     "LSTMCell",
+    "MultiheadAttention",
     "RNNCell",
     "convert",
     "empty_cache",

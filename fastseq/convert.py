@@ -1,4 +1,4 @@
-"""`fastseq.convert` and `fastseq.to_torch`: swap the recurrent layers of a built model, in place."""
+"""`fastseq.convert` and `fastseq.to_torch`: swap the recurrent layers and the attention of a built model, in place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch.nn.utils import parametrize
 
-from fastseq import rnn
+from fastseq import multihead_attention, rnn
 
 __all__ = ["ConversionReport", "convert", "to_torch"]
 
@@ -23,13 +23,14 @@ TORCH_TO_FASTSEQ: dict[_Class, _Class] = {
     torch.nn.RNNCell: rnn.RNNCell,
     torch.nn.LSTMCell: rnn.LSTMCell,
     torch.nn.GRUCell: rnn.GRUCell,
+    torch.nn.MultiheadAttention: multihead_attention.MultiheadAttention,
 }
 _FASTSEQ_TO_TORCH: dict[_Class, _Class] = {ours: theirs for theirs, ours in TORCH_TO_FASTSEQ.items()}
 
 
 @dataclass
 class ConversionReport:
-    """What `convert` or `to_torch` did with each recurrent module of a model.
+    """What `convert` or `to_torch` did with each recurrent module and attention of a model.
 
     Attributes:
         swapped: module name -> "old class -> new class".
@@ -53,16 +54,20 @@ def convert(model: _Model, *, report: Literal[False] = False) -> _Model: ...
 @overload
 def convert(model: _Model, *, report: Literal[True]) -> tuple[_Model, ConversionReport]: ...
 def convert(model: Any, *, report: bool = False) -> Any:
-    """Makes every torch.nn.RNN, LSTM, GRU and cell in `model`, or `model` itself, the fastseq layer of that name.
+    """Makes every torch.nn.RNN, LSTM, GRU, cell and MultiheadAttention in `model`, or `model` itself, fastseq's.
 
     Each module stays the very object that it was, in place, and only its class changes. So everything that refers to
     it or hangs on it remains: parameters (an optimizer goes on working) and buffers, forward, backward and state-dict
     hooks, parametrizations, weight norm and pruning, training mode, attributes of your own, names, and a module's
     several places in the model. For a copy: ``fastseq.convert(copy.deepcopy(model))``.
 
+    torch.nn.Transformer and its layers keep their class, and call fastseq's attention in training and eval mode: see
+    `MultiheadAttention`.
+
     Left as they are: subclasses (whose code may rely on torch's), a module whose `forward` was replaced on the object,
-    quantized and TorchScript modules. Modules that only a plain list or dict of Python holds are not seen. Code of the
-    model that asks ``isinstance(m, torch.nn.LSTM)`` gets False afterwards: let it ask for ``torch.nn.RNNBase``.
+    and modules of quantization and TorchScript. Modules that only a plain list or dict of Python holds are not seen.
+    Code of the model that asks ``isinstance(m, torch.nn.LSTM)`` gets False afterwards: let it ask for
+    ``torch.nn.RNNBase``. For ``torch.nn.MultiheadAttention`` it stays True.
 
     Args:
         model: a module; changed in place. Convert before torch.compile.
@@ -106,7 +111,7 @@ def _swap(model: Any, classes: dict[_Class, _Class], return_report: bool) -> Any
     if return_report:
         return model, report
     if report.left:
-        warnings.warn(f"fastseq left recurrent modules as they are: {report}", stacklevel=3)
+        warnings.warn(f"fastseq left modules as they are: {report}", stacklevel=3)
     return model
 
 
@@ -126,32 +131,38 @@ def _change_class(module: torch.nn.Module, new: _Class) -> None:
         vars(module).pop("_flat_weights", None)
         vars(module).pop("_prepacked", None)
         module._init_flat_weights()
+    elif issubclass(new, multihead_attention.MultiheadAttention):
+        module.register_forward_pre_hook(multihead_attention.refuse_fast_path)
+    elif isinstance(module, torch.nn.MultiheadAttention):
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is multihead_attention.refuse_fast_path]:
+            del hooks[key]
 
 
 def _why_left(module: torch.nn.Module, classes: dict[_Class, _Class]) -> str | None:
-    """Why a recurrent module is not swapped; None for one that is not recurrent, or of the kind wanted."""
+    """Why a module is not swapped; None for one of another kind, or of the kind wanted."""
     cls = _class_of(module)
-    if cls in classes.values():
-        return None
     if cls in classes:
         return "as its forward was replaced on the object, by other code that may rely on it"
-    for base in classes:
-        if issubclass(cls, base):
+    names = {base.__name__ for base in classes}
+    if cls.__name__ in names and cls.__module__.startswith("torch.ao."):
+        return f"as {qualified_name(cls)} is for quantization"
+    for base in cls.__mro__:  # the nearest first: fastseq's attention is a subclass of torch's
+        if base in classes.values():
+            return None
+        if base in classes:
             return (
                 f"as {qualified_name(cls)} is a subclass of {qualified_name(base)}, whose code may rely on it: "
                 f"derive it from {qualified_name(classes[base])}"
             )
-    names = {base.__name__ for base in classes}
-    if isinstance(module, torch.jit.ScriptModule):
-        return f"as it is TorchScript of {module.original_name}" if module.original_name in names else None
-    if cls.__name__ in names and cls.__module__.startswith("torch.ao."):
-        return f"as {qualified_name(cls)} is quantized"
+    if isinstance(module, torch.jit.ScriptModule) and module.original_name in names:
+        return f"as it is TorchScript of {module.original_name}"
     return None
 
 
 def qualified_name(cls: type) -> str:
     """The name under which users know a class: fastseq.GRU, torch.nn.GRU, their.module.Model."""
-    for package in (torch.nn, rnn):
-        if getattr(package, cls.__name__, None) is cls:
-            return f"{'fastseq' if package is rnn else 'torch.nn'}.{cls.__name__}"
+    for module, package in ((torch.nn, "torch.nn"), (rnn, "fastseq"), (multihead_attention, "fastseq")):
+        if getattr(module, cls.__name__, None) is cls:
+            return f"{package}.{cls.__name__}"
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -61,7 +61,7 @@ def explain(layer: torch.nn.Module | Callable[..., Any], *args: Any, **kwargs: A
 def _explain_recurrent(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
     x = input.data if isinstance(input, PackedSequence) else input
     name = qualified_name(type(layer))
-    if isinstance(layer, tuple(TORCH_TO_FASTSEQ)):
+    if isinstance(layer, tuple(TORCH_TO_FASTSEQ)) and not isinstance(layer, torch.nn.MultiheadAttention):
         reason = "only fastseq's layers have kernels: see fastseq.convert"
         return Explanation(name, "torch", "torch's own operator", reason)
     if not isinstance(layer, (_Layer, _Cell)):

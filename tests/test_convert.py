@@ -257,7 +257,7 @@ def test_what_is_left_and_why():
             "replaced": replaced,
             "scripted": scripted,
             "linear": torch.nn.Linear(I, H),
-            "transformer": torch.nn.TransformerEncoderLayer(4, 2),
+            "attention": torch.ao.nn.quantizable.MultiheadAttention(4, 2),
         }
     )
     types = {n: type(m) for n, m in model.named_modules()}
@@ -271,22 +271,35 @@ def test_what_is_left_and_why():
         warnings.simplefilter("error")
         _, report = fastseq.convert(model, report=True)
     assert report.swapped == {"fine": "torch.nn.GRU -> fastseq.GRU"}
-    assert sorted(report.left) == ["custom", "quantized", "replaced", "scripted"]
+    assert sorted(report.left) == ["attention", "custom", "quantized", "replaced", "scripted"]
     assert "derive it from fastseq.LSTM" in report.left["custom"]
-    assert "quantized" in report.left["quantized"]
+    assert report.left["quantized"] == "as torch.ao.nn.quantized.dynamic.modules.rnn.LSTM is for quantization"
+    assert report.left["attention"].endswith("quantizable.modules.activation.MultiheadAttention is for quantization")
     assert "forward was replaced" in report.left["replaced"]
     assert "TorchScript" in report.left["scripted"]
-    assert "1 swapped, 4 left" in str(report)
+    assert "1 swapped, 5 left" in str(report)
 
 
-def test_a_subclass_of_fastseq_is_left_by_to_torch():
-    class Mine(fastseq.GRU):
+@pytest.mark.parametrize("base", [fastseq.GRU, fastseq.MultiheadAttention])
+def test_a_subclass_of_fastseq_is_left_by_to_torch(base):
+    class Mine(base):
         pass
 
-    model = torch.nn.Sequential(Mine(I, H))
+    model = torch.nn.Sequential(Mine(4, 2))
     assert fastseq.convert(model, report=True)[1] == fastseq.ConversionReport()
     _, report = fastseq.to_torch(model, report=True)
-    assert report.swapped == {} and "subclass of fastseq.GRU" in report.left["0"]
+    assert report.swapped == {} and f"subclass of fastseq.{base.__name__}" in report.left["0"]
+
+
+@pytest.mark.parametrize("base", [torch.nn.GRU, torch.nn.MultiheadAttention])
+def test_a_subclass_of_torch_is_left_by_convert(base):
+    class Mine(base):
+        pass
+
+    model = torch.nn.Sequential(Mine(4, 2))
+    assert fastseq.to_torch(model, report=True)[1] == fastseq.ConversionReport()
+    _, report = fastseq.convert(model, report=True)
+    assert report.swapped == {} and f"subclass of torch.nn.{base.__name__}" in report.left["0"]
 
 
 def test_parametrized_subclasses_are_left():
@@ -322,3 +335,61 @@ def test_functional_call_on_a_converted_model():
     for p in model.parameters():
         torch.nn.init.zeros_(p)
     assert_same(torch.func.functional_call(model, weights, (x,)), expected)
+
+
+# ---- Attention ------------------------------------------------------------------------------------------------------
+
+
+def test_a_transformer_there_and_back():
+    model = torch.nn.Transformer(4, 2, 1, 1, 8, dropout=0.0, batch_first=True, dtype=torch.float64).eval()
+    seen = []
+    model.decoder.layers[0].self_attn.register_forward_pre_hook(lambda *args: seen.append("hook"))
+    src, tgt = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(2, 5, 4, dtype=torch.float64)
+    hooks = [dict(m._forward_pre_hooks) for m in model.modules()]
+    attributes = [dict(vars(m)) for m in model.modules()]
+    parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
+    names = [n for n, m in modules.items() if isinstance(m, torch.nn.MultiheadAttention)]
+    with torch.no_grad():
+        expected = model(src, tgt)
+        _, report = fastseq.convert(model, report=True)
+        assert report.swapped == {n: "torch.nn.MultiheadAttention -> fastseq.MultiheadAttention" for n in names}
+        assert report.left == {} and len(names) == 3
+        assert dict(model.named_modules()) == modules
+        assert all(p is parameters[n] for n, p in model.named_parameters())
+        for twin in (model, copy.deepcopy(model)):
+            fastseq._C.reset_counters()
+            assert_same(twin(src, tgt), expected)
+            assert fastseq._C.counters() == {"attention_forward/float64": 3}
+        assert fastseq.convert(model, report=True)[1] == fastseq.ConversionReport()
+        _, report = fastseq.to_torch(model, report=True)
+        assert list(report.swapped) == names
+        assert [dict(m._forward_pre_hooks) for m in model.modules()] == hooks
+        assert [dict(vars(m)) for m in model.modules()] == attributes
+        fastseq._C.reset_counters()
+        assert_same(model(src, tgt), expected)
+        assert fastseq._C.counters() == {}
+    assert len(seen) == 4
+    assert type(modules[names[0]]) is torch.nn.MultiheadAttention
+
+
+def test_a_pickled_converted_attention():
+    layer = fastseq.convert(torch.nn.MultiheadAttention(4, 2, dtype=torch.float64))
+    twin = pickle.loads(pickle.dumps(layer))
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    assert type(twin) is fastseq.MultiheadAttention
+    assert_same(twin(x, x, x), layer(x, x, x))
+    assert not fastseq.to_torch(twin)._forward_pre_hooks
+
+
+def test_attention_with_a_computed_weight():
+    layer = torch.nn.MultiheadAttention(4, 2, dtype=torch.float64)
+    parametrize.register_parametrization(layer, "in_proj_weight", Double())
+    prune.l1_unstructured(layer.out_proj, "weight", amount=0.3)
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    expected = layer(x, x, x)
+    fastseq.convert(layer)
+    assert isinstance(layer, fastseq.MultiheadAttention) and parametrize.is_parametrized(layer)
+    assert_same(layer(x, x, x), expected)
+    fastseq.to_torch(layer)
+    assert not isinstance(layer, fastseq.MultiheadAttention)
+    assert_same(layer(x, x, x), expected)
