@@ -197,7 +197,7 @@ def attention_options(
         key_starts,
         query_lengths,
         key_lengths,
-        (size**-0.5 if size else 1.0) if scale is None else scale,
+        (1 / math.sqrt(size) if size else 1.0) if scale is None else scale,
         softcap or 0.0,
         dropout_p,
         low,
@@ -210,9 +210,7 @@ def attention_in_kernel_type(
     query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
     """`attention`, under autocast in its dtype; of float16 converted to float32 and back."""
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+    query, key, value = autocast(query, key, value)
     half = query.dtype is torch.float16
     if half:
         query, key, value = query.float(), key.float(), value.float()
@@ -221,6 +219,15 @@ def attention_in_kernel_type(
         options = options._replace(attn_mask=mask.to(query.dtype))
     out, lse = attention(query, key, value, options)
     return (out.half() if half else out), lse
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast in its dtype, but for float64, as torch's operators of lower precision have it."""
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def _same_heads(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import _load, ops
-from fastseq.attention import scaled_dot_product_attention, varlen_attention
+from fastseq.attention import autocast, scaled_dot_product_attention, varlen_attention
 from fastseq.convert import TORCH_TO_FASTSEQ, qualified_name
+from fastseq.multihead_attention import MultiheadAttention
 from fastseq.rnn import TORCH_MODES, _Cell, _Layer, kernel_obstacle
 
 
@@ -44,7 +46,8 @@ def explain(layer: torch.nn.Module | Callable[..., Any], *args: Any, **kwargs: A
     around it. The answer is that of the very function that the layers ask.
 
     Args:
-        layer: a layer or cell of fastseq, or of torch.nn; `fastseq.scaled_dot_product_attention` or
+        layer: a layer or cell of fastseq, or of torch.nn; `fastseq.MultiheadAttention`, of which it tells what computes
+            the heads; `fastseq.scaled_dot_product_attention` or
             `fastseq.varlen_attention`.
         args, kwargs: what it would be called with.
 
@@ -52,18 +55,20 @@ def explain(layer: torch.nn.Module | Callable[..., Any], *args: Any, **kwargs: A
         TypeError: `layer` is none of these.
     """
     if layer is scaled_dot_product_attention or layer is varlen_attention:
-        return _explain_attention(layer.__name__, *args, **kwargs)
+        return _explain_attention(f"fastseq.{layer.__name__}", *args, **kwargs)
+    if isinstance(layer, MultiheadAttention):
+        return _explain_multihead_attention(layer, *args, **kwargs)
     if not isinstance(layer, torch.nn.Module):
         raise TypeError(f"explain takes a layer of fastseq or torch.nn, or fastseq's attention functions; got {layer}")
+    if isinstance(layer, tuple(TORCH_TO_FASTSEQ)):
+        reason = "only fastseq's layers have kernels: see fastseq.convert"
+        return Explanation(qualified_name(type(layer)), "torch", "torch's own operator", reason)
     return _explain_recurrent(layer, *args, **kwargs)
 
 
 def _explain_recurrent(layer: torch.nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
     x = input.data if isinstance(input, PackedSequence) else input
     name = qualified_name(type(layer))
-    if isinstance(layer, tuple(TORCH_TO_FASTSEQ)) and not isinstance(layer, torch.nn.MultiheadAttention):
-        reason = "only fastseq's layers have kernels: see fastseq.convert"
-        return Explanation(name, "torch", "torch's own operator", reason)
     if not isinstance(layer, (_Layer, _Cell)):
         raise TypeError(f"explain takes a recurrent layer or cell of fastseq or torch.nn; got {name}")
     obstacle = kernel_obstacle(x)
@@ -79,10 +84,22 @@ def _explain_recurrent(layer: torch.nn.Module, input: Tensor | PackedSequence, h
     return Explanation(name, "kernel", operator, f"the input is {dtype} on the CPU")
 
 
-def _explain_attention(function: str, query: Tensor, *others: Any, **options: Any) -> Explanation:
-    name = f"fastseq.{function}"
+def _explain_multihead_attention(layer: MultiheadAttention, query: Tensor, *others: Any, **options: Any) -> Explanation:
+    need_weights = inspect.signature(layer.forward).bind(query, *others, **options).arguments.get("need_weights", True)
+    name, dropped = qualified_name(type(layer)), layer.training and layer.dropout > 0
+    if need_weights and dropped:
+        return Explanation(name, "torch", "products and a softmax of torch", "weights after dropout are asked for")
+    # (..., L, size): what the kernel's choice depends on.
+    told = _explain_attention(name, query if query.dim() == 2 or layer.batch_first else query.transpose(0, 1))
+    if need_weights:
+        return replace(told, reason=f"{told.reason}; the weights that are asked for, by products of torch")
+    return told
+
+
+def _explain_attention(name: str, query: Tensor, *others: Any, **options: Any) -> Explanation:
     if query.device.type != "cpu":
         return Explanation(name, "none", "nothing", f"there is no kernel for {query.device.type}; the call is an error")
+    (query,) = autocast(query)
     dtype = str(query.dtype).removeprefix("torch.")
     if not query.is_floating_point():
         return Explanation(name, "none", "nothing", f"there is no kernel for {dtype}; the call is an error")
@@ -92,7 +109,7 @@ def _explain_attention(function: str, query: Tensor, *others: Any, **options: An
     converted = query.dtype is torch.float16
     kind = "float32" if converted else dtype
     reason = f"the input is {dtype} on the CPU" + (", converted to float32 and back" if converted else "")
-    if function == "scaled_dot_product_attention":
+    if name != "fastseq.varlen_attention":
         queries, few = query.shape[-2], _load._C.FEW_QUERIES
         reason += (
             f", and of {queries} queries, no more than {few}, each key is read once, where it lies"

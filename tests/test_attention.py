@@ -318,6 +318,14 @@ def test_explain():
     assert fastseq.explain(sdpa, q.int(), k, v).path == fastseq.explain(sdpa, q.to("meta"), k, v).path == "none"
     starts = torch.tensor([0, 20])
     assert fastseq.explain(fastseq.varlen_attention, q[0].mT, k[0].mT, v[0].mT, starts, starts).path == "kernel"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "bfloat16" in fastseq.explain(sdpa, q, k, v).operator
+    layer, x = fastseq.MultiheadAttention(8, 2, dropout=0.1), torch.randn(20, 3, 8)
+    assert fastseq.explain(layer, x, x, x).path == "torch"  # weights after dropout
+    told = fastseq.explain(layer, x, x, x, need_weights=False)
+    assert told.path == "kernel" and "20 queries" in told.reason and str(told).startswith("fastseq.MultiheadAttention")
+    assert "by products of torch" in fastseq.explain(layer.eval(), x, x, x).reason
+    assert fastseq.explain(torch.nn.MultiheadAttention(8, 2), x, x, x).path == "torch"
     told = []
     torch.func.jvp(lambda q: told.append(fastseq.explain(sdpa, q, k, v)) or q, (q,), (q,))
     assert told[0].path == "reference" and "fastseq.reference.attention" in str(told[0])
