@@ -11,7 +11,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from fastseq._load import _C
 from fastseq.attention_ops import AttentionOptions, attention
 
 __all__ = ["scaled_dot_product_attention", "varlen_attention"]
@@ -77,6 +79,12 @@ def scaled_dot_product_attention(
         ValueError: a negative window, dropout outside [0, 1), a softcap that is not positive, an unknown alignment.
         NotImplementedError: a device without a kernel; slopes that require a gradient.
     """
+    usual = not dropout_p and window is None and alibi_slopes is None and softcap is None
+    if usual and causal_alignment == "top_left" and not return_lse and not is_dynamo_compiling():
+        # All that follows in one go, if nobody could tell the difference: csrc/torch/direct_attention.cpp.
+        out = _C.direct_attention(query, key, value, attn_mask, scale, is_causal, enable_gqa)
+        if out is not None:
+            return out
     if is_causal and attn_mask is not None:
         raise RuntimeError("attn_mask must be None where is_causal is set; give the causal mask in it, or neither")
     shape, k, v, leading = query.shape, key.shape, value.shape, None

@@ -107,6 +107,7 @@ OPTIONS = [
 WITH_MASKS = [(o, m) for o in OPTIONS for m in (None, "b:BNLS", "f:L1", "f:BNLS") if not (m and o.get("is_causal"))]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("options", "mask"), WITH_MASKS, ids=str)
 def test_gradcheck(options, mask):
     q, k, v, m = problem((2, 4, 2, 5, 7, 3, 2), mask, torch.float64)
@@ -307,6 +308,62 @@ def test_compile_and_transforms():
     torch.testing.assert_close(per_row, got[0])
     _, tangent = torch.func.jvp(lambda q: f(q, k, v), (q,), (torch.ones_like(q),))
     assert tangent.abs().sum() > 0
+
+
+DIRECT = {
+    "plain": ({}, None),
+    "causal": ({"is_causal": True}, None),
+    "scale": ({"scale": 0.3}, None),
+    "bool mask": ({}, "b"),
+    "additive mask": ({}, "f"),
+    "grouped": ({"enable_gqa": True}, "f"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("options", "kind"), DIRECT.values(), ids=DIRECT)
+def test_the_direct_call_is_the_call(options, kind, dtype):
+    N_kv = 2 if options.get("enable_gqa") else 4
+    q, k, v = [torch.randn(2, n, 9, 8).to(dtype).requires_grad_() for n in (4, N_kv, N_kv)]
+    mask = None if kind is None else torch.rand(9, 9) < 0.7 if kind == "b" else torch.randn(4, 9, 9).to(dtype)
+    leaves = [q, k, v, *([mask.requires_grad_()] if kind == "f" else [])]
+    _C.reset_counters()
+    out = sdpa(q, k, v, mask, **options)
+    with torch.no_grad():
+        alone = sdpa(q, k, v, mask, **options)
+    assert _C.direct_calls() == 2
+    want, _ = sdpa(q, k, v, mask, return_lse=True, **options)  # which goes the other way
+    assert _C.direct_calls() == 2 and torch.equal(out, want) and torch.equal(alone, want)
+    assert not alone.requires_grad
+    d = torch.randn_like(out)
+    for a, b in zip(torch.autograd.grad(out, leaves, d), torch.autograd.grad(want, leaves, d), strict=True):
+        assert torch.equal(a, b)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_what_is_not_plain_is_not_called_directly():
+    q = torch.randn(1, 2, 5, 8)
+    double = torch.zeros(5, 5, dtype=torch.float64)
+    _C.reset_counters()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sdpa(q, q, q).dtype == torch.bfloat16
+    with torch.overrides.BaseTorchFunctionMode():
+        sdpa(q, q, q)
+    with torch.profiler.profile() as profile:
+        sdpa(q, q, q)
+    assert any("fastseq::attention_forward" in event.key for event in profile.key_averages())
+    assert isinstance(sdpa(q.as_subclass(Subclass), q, q), Subclass)
+    torch.func.vmap(lambda q: sdpa(q, q, q))(q[None])
+    torch.func.jvp(lambda x: sdpa(x, q, q), (q,), (q,))
+    sdpa(q, q, q, double)
+    sdpa(q[0], q, q)
+    sdpa(q, q, q, dropout_p=0.1)
+    assert _C.direct_calls() == 0
+    sdpa(q, q, q)
+    assert _C.direct_calls() == 1
 
 
 def test_explain():

@@ -79,6 +79,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(options, masked):
@@ -235,6 +236,7 @@ def test_varlen_attention_is_attention_of_each_sequence(options):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_varlen_attention_twice_differentiable_and_compiled():
     starts = [torch.tensor([0, 2, 2, 5]), torch.tensor([0, 3, 4, 9])]
     tensors = [torch.randn(n, 2, 3, dtype=torch.float64, requires_grad=True) for n in (6, 9, 9)]

@@ -44,7 +44,7 @@ using AttentionBackwardSignature = std::vector<at::Tensor>(
     const OptionalTensor&, const OptionalTensor&, double, double, double, std::optional<int64_t>,
     std::optional<int64_t>, bool, const at::Tensor&, const at::Tensor&, c10::List<bool>);
 
-AttentionForwardSignature attention_forward_cpu;
+FASTSEQ_API AttentionForwardSignature attention_forward_cpu;
 AttentionBackwardSignature attention_backward_cpu;
 
 // On the autograd keys: runs the operator below and records attention_backward.

@@ -2,23 +2,16 @@
 // dispatcher, for the call in which nobody could tell the difference. A step of a small layer takes less time than
 // either of the two.
 //
-// kernel_obstacle in fastseq/rnn.py decides between kernel and torch. Nothing here decides that again: a call is plain
-// when its tensors would go through the dispatcher straight to the operator's CPU kernel, by way of its autograd at the
-// most, with nothing transformed, traced or observed on the way. Any other call is None here, be it wrong, on another
-// device or in another dtype, and goes the way through fastseq/rnn.py, which knows all the words for what is wrong.
+// kernel_obstacle in fastseq/rnn.py decides between kernel and torch. Nothing here decides that again: only a plain
+// call (plain_call.h) goes on. Any other is None here, be it wrong, on another device or in another dtype, and goes the
+// way through fastseq/rnn.py, which knows all the words for what is wrong.
 #include "direct_call.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/record_function.h>
-#include <pybind11/pybind11.h>
 #include <strings.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/forward_grad.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <memory>
 
+#include "plain_call.h"
 #include "prepacked.h"
 #include "probes.h"
 #include "rnn.h"
@@ -29,44 +22,6 @@ namespace py = pybind11;
 namespace fastseq {
 
 namespace {
-
-int64_t calls = 0;  // under the GIL
-
-// ---- What is plain --------------------------------------------------------------------------------------------------
-
-// No mode or profiler that wants to see the operator, and no forward-mode AD, for which ops.rnn takes the reference.
-// Autocast, tracing, the modes of Python's dispatch and torch.func's transforms show in the keys that a tensor meets.
-bool plain_thread() {
-  return !at::impl::torch_function_mode_enabled() && !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION) &&
-         !torch::autograd::ForwardADLevel::try_get_by_idx(0);
-}
-
-class PlainTensors {
- public:
-  // The tensor of an exact Tensor or Parameter that is plain, and of the dtype of those before; else null.
-  const at::Tensor* operator()(PyObject* object) {
-    if (!object || !THPVariable_CheckExact(object)) return nullptr;
-    const at::Tensor& t = THPVariable_Unpack(object);
-    const c10::TensorImpl* impl = t.unsafeGetTensorImpl();
-    const c10::DispatchKeySet keys = (impl->key_set() | local_.included_) - local_.excluded_;
-    if (!keys.has(c10::DispatchKey::CPU) || (keys.raw_repr() & ~kPlainKeys.raw_repr())) return nullptr;
-    recorded_ = recorded_ || (grad_ && impl->requires_grad());
-    const at::ScalarType type = t.scalar_type();
-    if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16) return nullptr;
-    if (type_ == at::ScalarType::Undefined) type_ = type;
-    return type == type_ ? &t : nullptr;
-  }
-  // Whether the call is one for autograd to record.
-  bool recorded() const { return recorded_; }
-
- private:
-  static constexpr c10::DispatchKeySet kPlainKeys{c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                                  c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect};
-  const c10::impl::LocalDispatchKeySet local_ = c10::impl::tls_local_dispatch_key_set();
-  const bool grad_ = at::GradMode::is_enabled();
-  at::ScalarType type_ = at::ScalarType::Undefined;
-  bool recorded_ = false;
-};
 
 // ---- A module's attributes ------------------------------------------------------------------------------------------
 
@@ -159,12 +114,6 @@ struct Below {
   }
 };
 
-// The interpreter's lock let go. Cheap enough for the smallest call, and better there too where threads stand in line.
-struct Unlocked {
-  PyThreadState* const state = PyEval_SaveThread();
-  ~Unlocked() { PyEval_RestoreThread(state); }
-};
-
 // `fits` judges the stack against the module's own sizes. False: the call is not plain, as the operator refused it.
 template <class Fits>
 bool run(const Call& call, const Fits& fits, RnnOutputs& outputs) {
@@ -239,12 +188,6 @@ const CellFacts* find_cell(PyObject* name) {
   return nullptr;
 }
 
-py::object wrap(at::Tensor& t) {
-  PyObject* object = THPVariable_Wrap(std::move(t));
-  if (!object) throw python_error();
-  return py::reinterpret_steal<py::object>(object);
-}
-
 py::object pair(py::object a, py::object b) {
   PyObject* object = PyTuple_New(2);
   if (!object) throw python_error();
@@ -317,7 +260,7 @@ PyObject* call_layer(PyObject* dict, PyObject* input, PyObject* hx) {
     const int64_t strides[] = {output.stride(1), output.stride(0), output.stride(2)};
     output.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
   }
-  ++calls;
+  ++direct_call_count;
   py::object state = wrap(h_n);
   if (cell->cell_state) state = pair(std::move(state), wrap(c_n));
   return pair(wrap(output), std::move(state)).release().ptr();
@@ -362,7 +305,7 @@ PyObject* call_cell(PyObject* cell_name, PyObject* dict, PyObject* input, PyObje
     drop_dimension(call, h, 0);
     if (cell->cell_state) drop_dimension(call, c, 0);
   }
-  ++calls;
+  ++direct_call_count;
   return (cell->cell_state ? pair(wrap(h), wrap(c)) : wrap(h)).release().ptr();
 }
 
@@ -411,6 +354,8 @@ PyMethodDef functions[] = {
      "The result of a layer's call, from its __dict__, input and hx; None if the call is not plain."},
     {"direct_cell", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(direct_cell)), METH_FASTCALL,
      "The result of a cell's call, from its name, __dict__, input and hx; None if the call is not plain."},
+    {"direct_attention", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(direct_attention)), METH_FASTCALL,
+     "out of query, key, value, attn_mask, scale, is_causal and enable_gqa; None if the call is not plain."},
     {"prepack", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepack)), METH_FASTCALL,
      "The packed weights of a layer, for its __dict__ to hold as _prepacked."},
     {nullptr, nullptr, 0, nullptr}};
@@ -422,7 +367,7 @@ void add_direct_calls(PyObject* module) {
   if (PyModule_AddFunctions(module, functions) != 0) throw py::error_already_set();
 }
 
-int64_t direct_calls() { return calls; }
-void reset_direct_calls() { calls = 0; }
+int64_t direct_calls() { return direct_call_count; }
+void reset_direct_calls() { direct_call_count = 0; }
 
 }  // namespace fastseq
