@@ -11,12 +11,13 @@ import click
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from fastseq._files import write
 from fastseq.bench import compare, grid, memory, page, report, results, scenarios
 from fastseq.bench.peers import PEERS
 from fastseq.bench.results import Document
 from fastseq.bench.session import ROW_SECONDS, Session, processors
 from fastseq.cli.info import facts
-from fastseq.cli.output import output_file, probe, write
+from fastseq.cli.output import output_file, probe
 from fastseq.cli.progress import progress_bar
 
 PARTS = ("rows", "streams", "busy", "memory")

@@ -11,8 +11,9 @@ from pathlib import Path
 import click
 import torch
 
+from fastseq._files import write
 from fastseq.cli.info import facts
-from fastseq.cli.output import probe, write
+from fastseq.cli.output import probe
 from fastseq.cli.progress import progress_bar
 from fastseq.demo import model, ngram
 from fastseq.demo.race import CELLS, LIBRARIES, Race, Settings

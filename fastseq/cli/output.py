@@ -1,8 +1,7 @@
-"""Files that a command writes: refused before the work if they cannot be written, and never left half-written."""
+"""Files that a command writes: refused before the work if they cannot be written."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -28,16 +27,3 @@ def output_file(context: click.Context, parameter: click.Parameter, value: str |
         raise click.UsageError(f"{path} is a folder: name a file.")
     probe(path.parent)
     return path
-
-
-def write(path: Path, data: str | bytes) -> None:
-    """All of the data or nothing: to a file beside it, which then takes its place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
