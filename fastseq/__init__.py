@@ -1,7 +1,7 @@
 """C++-accelerated recurrent layers and attention for PyTorch, in the place of those of torch.nn."""
 
 from fastseq._load import _C  # isort: skip  (first: it says in one sentence what is missing)
-from fastseq import ops, reference
+from fastseq import models, ops, reference
 from fastseq.attention import scaled_dot_product_attention, varlen_attention
 from fastseq.convert import ConversionReport, convert, to_torch
 from fastseq.explain import Explanation, explain
@@ -31,6 +31,7 @@ __all__ = [
     "convert",
     "empty_cache",
     "explain",
+    "models",
     "ops",
     "reference",
     "scaled_dot_product_attention",
