@@ -1,7 +1,11 @@
 """What the demo concludes from its numbers."""
 
-import numpy as np
+from collections import Counter
 
+import numpy as np
+import pytest
+
+from fastseq.demo.ngram import KneserNey
 from fastseq.demo.race import Race, Settings
 from fastseq.demo.report import CellReport
 
@@ -24,3 +28,34 @@ def test_drift_is_a_rounding_error_after_a_few_steps():
     for _ in race.run():
         pass
     assert 0 < race.drift() < 1e-5
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_kneser_ney_is_its_formula_by_plain_counting(order):
+    train = np.random.default_rng(0).zipf(1.5, 3000) % 5  # few symbols, so that unseen contexts are tried, too
+    model = KneserNey(train, 6, order)
+
+    def counts(length):
+        grams = [tuple(train[i : i + order]) for i in range(len(train) - order + 1)]
+        for _ in range(order - length):
+            grams = [gram[1:] for gram in set(grams)]  # continuation counts, from here on
+        return Counter(grams)
+
+    def probability(gram):
+        if not gram:
+            return 1 / 6
+        c = counts(len(gram))
+        once, twice = (sum(n == k for n in c.values()) for k in (1, 2))
+        D = once / (once + 2 * twice) if once and twice else 0.5
+        followers = [n for g, n in c.items() if g[:-1] == gram[:-1]]
+        lower = probability(gram[1:])
+        if not followers:
+            return lower
+        return (max(c[gram] - D, 0) + D * len(followers) * lower) / sum(followers)
+
+    for context in ([0] * 3, [1, 5, 1], [4, 3, 2], [5, 5, 5]):
+        text = np.array([[*context[: order - 1], last] for last in range(6)])
+        want = [probability(tuple(row.tolist())) for row in text]
+        np.testing.assert_allclose(model.probabilities(text)[:, 0], want, rtol=1e-12)
+        assert sum(want) == pytest.approx(1)
+    assert model.bits(text) == pytest.approx(-np.log2(want).mean())

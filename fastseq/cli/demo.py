@@ -15,7 +15,8 @@ from fastseq._files import write
 from fastseq.cli.info import facts
 from fastseq.cli.output import probe
 from fastseq.cli.progress import progress_bar
-from fastseq.demo import model, ngram
+from fastseq.demo import model
+from fastseq.demo.ngram import KneserNey
 from fastseq.demo.race import CELLS, LIBRARIES, Race, Settings
 from fastseq.demo.report import FLOAT32_BOUND, RATIO_BARS, CellReport, loss_curves
 from fastseq.demo.text import Corpus, TextError, read_corpus, standard_library
@@ -66,7 +67,7 @@ def demo(
         races = {cell: Race(cell, corpus.train, corpus.vocabulary, settings) for cell in chosen}
     except (TextError, OSError) as error:
         raise click.UsageError(str(error)) from None
-    baseline = ngram.bits_per_character(ngram.kneser_ney(corpus.train, corpus.vocabulary), corpus.validation)
+    baseline = KneserNey(corpus.train, corpus.vocabulary, order=3).bits(corpus.validation)
     click.echo(
         f"{len(corpus.train):,} characters of {corpus.train_files} files to train on, "
         f"{corpus.validation.size:,} of {corpus.validation_files} others for validation; "

@@ -1,7 +1,7 @@
-"""The baseline: an order-3 n-gram with interpolated Kneser-Ney smoothing.
+"""The baselines: n-grams with interpolated Kneser-Ney smoothing.
 
-Each character is predicted from the two before it. With c(abc) the training counts, D the absolute discount of an order
-and N1+ the number of distinct characters seen in a place,
+Each symbol is predicted from the order - 1 before it. Of order 3, with c(abc) the training counts, D the absolute
+discount of an order and N1+ the number of distinct symbols seen in a place,
 
     p(c | ab) = max(c(abc) - D, 0) / c(ab.)  +  D N1+(ab.) / c(ab.)  p(c | b)
 
@@ -16,30 +16,64 @@ from __future__ import annotations
 import numpy as np
 
 
-def kneser_ney(train: np.ndarray, vocabulary: int) -> np.ndarray:
-    """The table p[a, b, c] of the probability of character c after a, b; every row sums to one.
+class KneserNey:
+    """The probabilities of an n-gram of any order, from the n-grams that were seen alone.
 
-    `train` (number of characters,) holds ids below `vocabulary`; the table takes 8 vocabulary**3 bytes.
+    Args:
+        train: (length,) ids below `vocabulary`, order or more of them.
+        vocabulary, order: vocabulary ** order < 2**63.
     """
-    codes = (train[:-2] * vocabulary + train[1:-1]) * vocabulary + train[2:]
-    trigrams = np.bincount(codes, minlength=vocabulary**3).reshape((vocabulary,) * 3)
-    bigrams = (trigrams > 0).sum(axis=0)  # continuation counts: after how many different a was each b, c seen?
-    unigrams = (bigrams > 0).sum(axis=0)
-    table = np.full(vocabulary, 1.0 / vocabulary)
-    for counts in (unigrams, bigrams, trigrams):
-        table = _interpolate(counts, table)
-    return table
+
+    def __init__(self, train: np.ndarray, vocabulary: int, order: int) -> None:
+        self.vocabulary, self.order = vocabulary, order
+        codes, counts = np.unique(_codes(train, vocabulary, order), return_counts=True)
+        self._levels = []
+        for shorter in range(order - 1, -1, -1):
+            self._levels.append(_Level(codes, counts, vocabulary))
+            # Continuation counts: after how many different first symbols was the rest seen?
+            codes, counts = np.unique(codes % vocabulary**shorter, return_counts=True)
+        self._levels.reverse()
+
+    def probabilities(self, text: np.ndarray) -> np.ndarray:
+        """Of text[..., order - 1 :], each symbol given those before it: (..., length - order + 1)."""
+        codes = _codes(text, self.vocabulary, self.order)
+        p = np.full(codes.shape, 1.0 / self.vocabulary)
+        for length, level in enumerate(self._levels, start=1):
+            p = level.interpolate(codes % self.vocabulary**length, p)
+        return p
+
+    def bits(self, text: np.ndarray) -> float:
+        """The mean of -log2 p over those symbols."""
+        return float(-np.log2(self.probabilities(text)).mean())
 
 
-def _interpolate(counts: np.ndarray, lower: np.ndarray) -> np.ndarray:
-    """Discounted counts over the last axis, the mass taken away given to `lower`; unseen rows are `lower` itself."""
-    once, twice = (counts == 1).sum(), (counts == 2).sum()
-    discount = once / (once + 2 * twice) if once and twice else 0.5  # the formula fails on very small texts
-    kept = np.maximum(counts - discount, 0.0) / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
-    # The mass left is counted from what was kept, so that a row sums to one also where it was never seen.
-    return kept + (1.0 - kept.sum(axis=-1, keepdims=True)) * lower
+class _Level:
+    """N-grams of one length: their codes in order, and what stays of their counts after discounting."""
+
+    def __init__(self, codes: np.ndarray, counts: np.ndarray, vocabulary: int) -> None:
+        once, twice = (counts == 1).sum(), (counts == 2).sum()
+        discount = once / (once + 2 * twice) if once and twice else 0.5  # the formula fails on very small texts
+        self.codes, self.vocabulary = codes, vocabulary
+        self.contexts, begin, followers = np.unique(codes // vocabulary, return_index=True, return_counts=True)
+        totals = np.add.reduceat(counts, begin)
+        self.kept = (counts - discount) / np.repeat(totals, followers)
+        self.left = discount * followers / totals
+
+    def interpolate(self, codes: np.ndarray, lower: np.ndarray) -> np.ndarray:
+        """p of these n-grams, the mass taken away given to `lower`; after an unseen context it is `lower` itself."""
+        kept = _look_up(self.codes, self.kept, codes, missing=0.0)
+        return kept + _look_up(self.contexts, self.left, codes // self.vocabulary, missing=1.0) * lower
 
 
-def bits_per_character(table: np.ndarray, text: np.ndarray) -> float:
-    """The mean of -log2 p over text[:, 2:], each character given the two before it; text (streams, length)."""
-    return float(-np.log2(table[text[:, :-2], text[:, 1:-1], text[:, 2:]]).mean())
+def _codes(ids: np.ndarray, vocabulary: int, order: int) -> np.ndarray:
+    """Each run of `order` ids as one number, the first id the most significant."""
+    length = ids.shape[-1] - order + 1
+    codes = np.zeros((*ids.shape[:-1], length), dtype=np.int64)
+    for place in range(order):
+        codes = codes * vocabulary + ids[..., place : place + length]
+    return codes
+
+
+def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, missing: float) -> np.ndarray:
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[at] == wanted, values[at], missing)
