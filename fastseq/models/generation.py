@@ -54,7 +54,8 @@ def generate(
         ValueError: an option or prompt that makes no sense, or does not fit the model.
     """
     if num_beams != 1:
-        _check("num_beams", num_beams, num_beams > 1, "positive")
+        most = model.config.vocab_size
+        _check("num_beams", num_beams, 1 < num_beams <= most, f"positive, and at most the vocabulary's {most}")
         if options.get("do_sample"):
             raise ValueError("num_beams > 1 searches for the most probable text: it goes without do_sample")
     elif length_penalty != 1.0 or early_stopping:
@@ -305,7 +306,7 @@ def _steps(decoding: _Decoding) -> Iterator[Tensor]:
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     logits = decoding.prompt()
     for step in range(decoding.max_new_tokens):
-        logits = decoding.process(_at_least_float32(logits))
+        logits = decoding.process(logits.float())
         if decoding.do_sample:
             chosen = torch.multinomial(logits.softmax(-1), 1, generator=decoding.generator).squeeze(1)
         else:
@@ -346,7 +347,7 @@ def _beam_search(
     logits = decoding.prompt().repeat_interleave(K, 0)
     decoding.reorder(torch.arange(B, device=device).repeat_interleave(K))
     for step in range(n):
-        log_p = decoding.process(_at_least_float32(logits).log_softmax(-1))
+        log_p = decoding.process(logits.float().log_softmax(-1))
         best, at = (log_p.view(B, K, V) + scores[:, :, None]).flatten(1).topk(candidates)
         beam = at // V
         tokens = _rows(running, beam)
@@ -376,10 +377,6 @@ def _beam_search(
 
 def _rows(tokens: Tensor, at: Tensor) -> Tensor:
     return tokens.take_along_dim(at[:, :, None], 1)
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _eos(model: GPT2, eos_token_id: int | Sequence[int] | None) -> Sequence[int]:

@@ -47,7 +47,7 @@ class GPT2Config:
         reorder_and_upcast_attn: taken and without effect, as the kernels compute scores in float32 or better.
         tie_word_embeddings: whether the embedding is the output projection too.
         bos_token_id, eos_token_id: of the tokenizer; `GPT2.generate` stops a row at eos_token_id, one or several.
-        self_trained: that `python -m fastseq train-gpt2` made the weights. Of fastseq; transformers keeps it.
+        self_trained: that the weights are no published ones. Of fastseq; transformers keeps it.
 
     Raises:
         ValueError: a value of another type or out of its range.
