@@ -36,7 +36,12 @@ def theirs(transformers, model):
     def generate(ids, mask=None, **options):
         mask = torch.ones_like(ids) if mask is None else mask
         eos = options.get("eos_token_id", 7)
-        options = {"do_sample": False, "pad_token_id": eos if isinstance(eos, int) else eos[0], "top_k": None, **options}
+        options = {
+            "do_sample": False,
+            "pad_token_id": eos if isinstance(eos, int) else eos[0],
+            "top_k": None,
+            **options,
+        }
         return other.generate(ids, attention_mask=mask, max_new_tokens=24, **options)
 
     return generate
