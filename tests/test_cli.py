@@ -20,7 +20,8 @@ def fastseq(*arguments, check=None, **environment):
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("info",), ("check",), ("bench",), ("bench", "report"), ("bench", "compare"), ("demo",)]
+    "command",
+    [(), ("info",), ("check",), ("bench",), ("bench", "report"), ("bench", "compare"), ("demo",), ("generate",)],
 )
 def test_help_teaches(command):
     text = fastseq(*command, "--help", check=0).stdout
@@ -199,3 +200,48 @@ def test_bench_stopped_keeps_what_it_has(tmp_path):
     assert process.returncode == 130, errors
     assert "the same command goes on" in errors and "Traceback" not in errors
     assert json.loads(path.read_text())["rows"] and "planned rows were not measured" in output
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    pytest.importorskip("safetensors")
+    from fastseq.models import GPT2, GPT2Config
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    sizes = dict(vocab_size=256, n_positions=64, n_embd=16, n_layer=1, n_head=2, eos_token_id=None)
+    GPT2(GPT2Config(**sizes, self_trained=True)).save_pretrained(folder)
+    return folder
+
+
+def test_generate_writes_text(gpt2):
+    drawn = ("generate", "--weights", gpt2, "--prompt", "né", "--max-new-tokens", 20, "--seed", 3, "--top-k", 50)
+    first, second = fastseq(*drawn, check=0), fastseq(*drawn, check=0)
+    assert first.stdout == second.stdout and first.stdout.startswith("né") and len(first.stdout) > 5
+    assert "self-trained" in first.stderr
+    beams = fastseq("generate", "--weights", gpt2, "--prompt", "a", "--beams", 2, "--max-new-tokens", 5, check=0)
+    assert beams.stdout.startswith("a")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-new-tokens", 99), "n_positions=64"),
+        (("--temperature", 0), "temperature must be positive"),
+        (("--top-p", 1.5), "top_p must be within"),
+        (("--greedy", "--top-k", 3), "are for tokens that are drawn"),
+        (("--prompt", ""), "a token or more"),
+        (("--stop", ""), "must not be empty"),
+    ],
+    ids=str,
+)
+def test_generate_refuses_in_a_sentence(gpt2, options, message):
+    assert (
+        message
+        in fastseq("generate", "--weights", gpt2, "--prompt", "a", "--max-new-tokens", 5, *options, check=2).stderr
+    )
+
+
+def test_generate_refuses_a_folder_without_a_model(tmp_path):
+    pytest.importorskip("safetensors")
+    assert "config.json" in fastseq("generate", "--weights", tmp_path, "--prompt", "a", check=2).stderr
+    assert "does not exist" in fastseq("generate", "--weights", tmp_path / "no", "--prompt", "a", check=2).stderr

@@ -1,4 +1,4 @@
-"""The command line: `python -m fastseq info | check | bench | demo`."""
+"""The command line: `python -m fastseq info | check | bench | demo | generate`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ import click
 from fastseq.cli.bench import bench
 from fastseq.cli.check import check
 from fastseq.cli.demo import demo
+from fastseq.cli.generate import generate
 from fastseq.cli.info import info
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Drop-in RNN, LSTM and GRU layers for PyTorch on fused CPU kernels.
+    """Drop-in RNN, LSTM and GRU layers and attention for PyTorch on fused CPU kernels.
 
     \b
     python -m fastseq info     what was built, and what this machine runs
     python -m fastseq check    whether the kernels compute the right numbers here
     python -m fastseq bench    how fast they are here, next to other libraries
     python -m fastseq demo     a character language model trained with both
+    python -m fastseq generate text by a GPT-2
     """
 
 
-for command in (info, check, bench, demo):
+for command in (info, check, bench, demo, generate):
     main.add_command(command)
