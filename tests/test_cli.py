@@ -21,7 +21,8 @@ def fastseq(*arguments, check=None, **environment):
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("info",), ("check",), ("bench",), ("bench", "report"), ("bench", "compare"), ("demo",), ("generate",)],
+    [(), ("info",), ("check",), ("bench",), ("bench", "report"), ("bench", "compare"), ("demo",)]
+    + [("train-gpt2",), ("generate",)],
 )
 def test_help_teaches(command):
     text = fastseq(*command, "--help", check=0).stdout
@@ -200,6 +201,75 @@ def test_bench_stopped_keeps_what_it_has(tmp_path):
     assert process.returncode == 130, errors
     assert "the same command goes on" in errors and "Traceback" not in errors
     assert json.loads(path.read_text())["rows"] and "planned rows were not measured" in output
+
+
+TINY = ("--width", 16, "--layers", 1, "--heads", 2, "--context", 24, "--batch", 2, "--threads", 1)
+
+
+def train_gpt2(out, text, *arguments):
+    return [*map(str, ("train-gpt2", *TINY, "--text", text, "--out", out, *arguments))]
+
+
+def test_train_gpt2_stopped_goes_on_to_the_same_bits(text, tmp_path):
+    pytest.importorskip("safetensors")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = fastseq(*train_gpt2(whole, text, "--steps", 400), check=0)
+    assert "4-gram: " in done.stdout and "The self-trained model is in" in done.stdout
+    files = ["README.md", "checkpoint.pt", "config.json", "model.safetensors", "training.png"]
+    assert sorted(path.name for path in whole.iterdir()) == files
+    assert (whole / "training.png").read_bytes().startswith(b"\x89PNG")
+    card = (whole / "README.md").read_text()
+    assert "self-trained" in card and "not OpenAI's weights" in card and "def " in card
+    assert json.loads((whole / "config.json").read_text())["self_trained"] is True
+
+    process = started([sys.executable, "-m", "fastseq", *train_gpt2(parts, text, "--steps", 400)])
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "the same command goes on" in errors and "Traceback" not in errors
+    assert sorted(path.name for path in parts.iterdir()) == ["checkpoint.pt"]
+
+    again = fastseq(*train_gpt2(parts, text, "--steps", 400), check=0)
+    assert "going on after step" in again.stderr
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+    other = fastseq(*train_gpt2(parts, text, "--steps", 400, "--seed", 1), check=2)
+    assert "is of a training with another seed: choose another --out, or --fresh" in other.stderr
+    fastseq(*train_gpt2(parts, text, "--steps", 20, "--seed", 1, "--fresh"), check=0)
+    assert (parts / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
+    (parts / "checkpoint.pt").write_bytes(b"damaged")
+    assert "cannot be read as a checkpoint" in fastseq(*train_gpt2(parts, text), check=2).stderr
+
+
+def test_train_gpt2_takes_a_bpe(text, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe, out = tmp_path / "bpe", tmp_path / "out"
+    bpe.mkdir()
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train([str(path) for path in text.iterdir()], vocab_size=280, show_progress=False)
+    made.save_model(str(bpe))
+    fastseq(*train_gpt2(out, text, "--steps", 5, "--bpe", bpe), check=0)
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == made.get_vocab_size()
+    assert "(BPE)" in (out / "README.md").read_text() and (out / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--heads", 3), "n_head must be a divisor of n_embd=16"),
+        (("--batch", 10**9), "smaller --batch or --context"),
+        (("--text", "/nowhere"), "no *.py files"),
+        (("--out", __file__ + "/below"), "cannot write to"),
+        (("--bpe", os.path.dirname(__file__)), "has no tokenizer: vocab.json and merges.txt"),
+        (("--learning-rate", 0), "--learning-rate"),
+    ],
+)
+def test_train_gpt2_refuses_what_makes_no_sense_before_training(arguments, message, text, tmp_path):
+    done = fastseq(*train_gpt2(tmp_path / "out", text, *arguments), check=2)
+    assert message in done.stderr and "step" not in done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,19 @@
 """What the demo concludes from its numbers."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from fastseq.demo import gpt2
 from fastseq.demo.ngram import KneserNey
 from fastseq.demo.race import Race, Settings
 from fastseq.demo.report import CellReport
+from fastseq.models import ByteTokenizer
+
+FOLDER = Path(__file__).parent  # of real text: these tests
 
 
 def test_the_demo_allows_what_rounding_alone_does_and_no_more():
@@ -59,3 +65,57 @@ def test_kneser_ney_is_its_formula_by_plain_counting(order):
         np.testing.assert_allclose(model.probabilities(text)[:, 0], want, rtol=1e-12)
         assert sum(want) == pytest.approx(1)
     assert model.bits(text) == pytest.approx(-np.log2(want).mean())
+
+
+def gpt2_training(tokenizer=None, **settings):
+    settings = gpt2.Settings(
+        **{"steps": 12, "batch": 2, "context": 16, "width": 16, "layers": 1, "heads": 2, **settings}
+    )
+    return gpt2.Training(gpt2.read_tokens(FOLDER, tokenizer or ByteTokenizer(), settings), settings)
+
+
+def test_a_gpt2_in_training_goes_on_to_the_same_bits(tmp_path, one_thread):
+    whole, parts = gpt2_training(), gpt2_training()
+    for step in range(12):
+        whole.step()
+        parts.step()
+        if step % 5 == 2:
+            whole.validate()
+            parts.validate()
+            parts.save(tmp_path / "checkpoint.pt")
+            parts = gpt2_training()
+            parts.load(tmp_path / "checkpoint.pt")
+    assert parts.losses == whole.losses and parts.validation == whole.validation
+    assert all(map(torch.equal, parts.model.state_dict().values(), whole.model.state_dict().values()))
+    assert whole.losses[-1] < whole.losses[0] and len(whole.validation) == 2
+
+
+def test_gpt2_and_n_gram_are_measured_on_the_same_bytes(one_thread):
+    training = gpt2_training()
+    text, n_gram = training.text, KneserNey(np.frombuffer(training.text.train_bytes, np.uint8), 256, 4)
+    assert text.n_gram_bits() == pytest.approx(n_gram.bits(text.validation.numpy()), rel=1e-12)
+    with torch.no_grad():
+        log_p = training.model(text.validation).log_softmax(-1)[:, :-1].gather(2, text.validation[:, 1:, None])
+    assert training.validate() == pytest.approx(-log_p[:, 2:].mean().item() / np.log(2), rel=1e-5)
+
+
+def test_bits_per_byte_do_not_depend_on_what_a_token_is(one_thread):
+    class Pairs:
+        """Two tokens for each byte: its upper and its lower half."""
+
+        vocab_size = 256
+
+        def encode(self, text):
+            return [half for byte in text.encode() for half in (byte // 16, byte % 16)]
+
+        def decode(self, ids):
+            return bytes(16 * a + b for a, b in zip(ids[::2], ids[1::2], strict=False))
+
+    training = gpt2_training(Pairs())
+    with torch.no_grad():
+        for parameter in training.model.parameters():
+            parameter.zero_()  # every token is as probable as any other: 8 bits each, 2 tokens a byte
+    text = training.text
+    tokens = text.validation[:, gpt2.UNSCORED :].numel()
+    assert text.bytes_per_token == 0.5
+    assert training.validate() == pytest.approx(8 * tokens / sum(len(b) for _, b in text.scored()), rel=1e-6)

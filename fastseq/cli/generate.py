@@ -14,8 +14,9 @@ from fastseq.models import GPT2, ByteTokenizer, generate_text, load_tokenizer
 @click.option("--prompt", required=True, help="What the text begins with.")
 @click.option(
     "--weights",
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default="fastseq-gpt2",
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
     help="A folder with a GPT-2 in transformers' format: config.json, model.safetensors and the tokenizer's files.",
 )
 @click.option("--max-new-tokens", default=100, show_default=True, type=click.IntRange(min=1), help="At most so many.")
@@ -46,10 +47,15 @@ def generate(
     tokenizer, tokens are bytes.
 
     \b
+    python -m fastseq generate --prompt "def "                 by the model that train-gpt2 made
     python -m fastseq generate --weights gpt2/ --prompt "Once upon a time"
     python -m fastseq generate --weights gpt2/ --prompt "def " --temperature 0.7 --top-p 0.9 --seed 1 --stop return
     python -m fastseq generate --weights gpt2/ --prompt "The answer" --beams 4 --max-new-tokens 20
     """
+    if not weights.exists():
+        raise click.UsageError(
+            f"{weights} does not exist: `python -m fastseq train-gpt2` makes a model in fastseq-gpt2."
+        )
     if seed is not None:
         torch.manual_seed(seed)
     drawn = not greedy and beams == 1

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import fastseq
 from fastseq.demo.model import CharacterModel
-from fastseq.demo.text import TextError
+from fastseq.demo.text import TextError, windows_of_step
 
 CELLS = ("RNN", "LSTM", "GRU")  # class names, in fastseq and in torch.nn
 LIBRARIES = {"fastseq": fastseq, "torch.nn": nn}
@@ -107,16 +107,13 @@ class Race:
         side.step(*self._batch(step), LEARNING_RATE * rise * fall)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (T, B) of a step: windows from all over the text, each once before any comes again.
+        """Inputs and targets (T, B) of a step.
 
         Windows start from a zero state. Batches that read on where the last one ended, with its state carried along,
         see less of the text; and in a state that is never reset the RNN's rounding errors grow a thousandfold.
         """
-        batch, seq = self.settings.batch, self.settings.seq
-        steps_a_pass = self.windows // batch
-        generator = torch.Generator().manual_seed(self.settings.seed + step // steps_a_pass)
-        order = torch.randperm(self.windows, generator=generator)
-        starts = order[step % steps_a_pass * batch :][:batch] * seq
+        seq = self.settings.seq
+        starts = windows_of_step(self.windows, self.settings.batch, step, self.settings.seed) * seq
         windows = self.text[starts + torch.arange(seq + 1).unsqueeze(1)]
         return windows[:-1], windows[1:]
 

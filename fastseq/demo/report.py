@@ -6,7 +6,12 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FLOAT64_BOUND = 1e-9  # over the first steps, in float64
 FLOAT32_BOUND = 1e-3  # over the whole run, in float32; or
@@ -60,23 +65,14 @@ class CellReport:
 
 def loss_curves(reports: Sequence[CellReport], baseline_bits: float) -> bytes:
     """A PNG: for each cell the losses of both libraries, in bits per character, and the n-gram's validation bits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import numpy as np
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(reports), figsize=(5.2 * len(reports), 4.4), sharey=True, squeeze=False)
+    figure, axes = axes_without_screen(len(reports), (5.2 * len(reports), 4.4))
     for axis, report in zip(axes[0], reports, strict=True):
         for name, style in (
             ("torch.nn", {"color": "#b0b0b0", "linewidth": 4}),
             ("fastseq", {"color": "#d1495b", "linewidth": 1.3}),
         ):
-            bits = np.array(report.losses[name]) / math.log(2)
-            width = max(1, len(bits) // 60)
-            smooth = np.convolve(bits, np.full(width, 1 / width), mode="valid") if len(bits) else bits
             label = f"{name}: {report.characters_per_second[name]:,.0f} characters/s"
-            axis.plot(np.arange(len(smooth)) + width, smooth, label=label, **style)
+            axis.plot(*smoothed(np.array(report.losses[name]) / math.log(2)), label=label, **style)
         axis.axhline(baseline_bits, color="#30638e", linestyle="--", linewidth=1, label="order-3 n-gram, validation")
         if report.bits:
             axis.plot(
@@ -90,6 +86,30 @@ def loss_curves(reports: Sequence[CellReport], baseline_bits: float) -> bytes:
     low = min([baseline_bits, *(min(r.losses["fastseq"]) / math.log(2) for r in reports if r.losses["fastseq"])])
     axes[0][0].set_ylim(max(0.0, low - 0.5), 6.0)
     figure.suptitle("A character language model on Python's standard library, both libraries from the same weights")
+    return png(figure)
+
+
+def axes_without_screen(columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
+    """A figure with a row of axes (1, columns)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(1, columns, figsize=size, sharey=True, squeeze=False)
+
+
+def smoothed(curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the means over the sixtieth of the curve that ends at each."""
+    width = max(1, len(curve) // 60)
+    means = np.convolve(curve, np.full(width, 1 / width), mode="valid") if len(curve) else curve
+    return np.arange(len(means)) + width, means
+
+
+def png(figure: Figure) -> bytes:
+    """The figure's file; the figure is closed."""
+    from matplotlib import pyplot as plt
+
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

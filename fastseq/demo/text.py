@@ -1,4 +1,4 @@
-"""The text of the demo as character ids: what to train on, and what to keep aside for validation."""
+"""Real text: what to train on, and what to keep aside for validation; as the demo's character ids."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 UNKNOWN = 0  # the id of every character outside the vocabulary
 VOCABULARY = 128  # the unknown character and the 127 most frequent ones: Python's library hardly uses more
@@ -49,11 +51,11 @@ def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def read_corpus(folder: Path) -> Corpus:
-    """Reads the folder's *.py files, sorted by name so that every run sees the same text.
+def read_files(folder: Path) -> tuple[list[str], list[str]]:
+    """The texts of the folder's *.py files to train on, and for validation; sorted, so that every run sees the same.
 
     Every tenth file is for validation; of fewer than ten files, the last. A single file is cut in two.
-    Raises TextError where there are no files or hardly any text.
+    Raises TextError where there are none with text.
     """
     texts = [path.read_text("utf-8", errors="replace") for path in sorted(folder.glob("*.py")) if path.is_file()]
     texts = [text for text in texts if text]
@@ -63,9 +65,12 @@ def read_corpus(folder: Path) -> Corpus:
         cut = len(texts[0]) * (VALIDATION_EVERY - 1) // VALIDATION_EVERY
         texts = [texts[0][:cut], texts[0][cut:]]
     every = min(VALIDATION_EVERY, len(texts))
-    train = [text for i, text in enumerate(texts) if i % every != every - 1]
-    validation = texts[every - 1 :: every]
+    return [text for i, text in enumerate(texts) if i % every != every - 1], texts[every - 1 :: every]
 
+
+def read_corpus(folder: Path) -> Corpus:
+    """The characters of `read_files`. Raises TextError where there is hardly any text."""
+    train, validation = read_files(folder)
     train_text = "".join(train)
     characters = "".join(character for character, _ in Counter(train_text).most_common(VOCABULARY - 1))
     validation_ids = _encode("".join(validation), characters)
@@ -74,7 +79,7 @@ def read_corpus(folder: Path) -> Corpus:
     return Corpus(
         characters=characters,
         train=_encode(train_text, characters),
-        validation=_spread(validation_ids),
+        validation=spread(validation_ids, VALIDATION_STREAMS, VALIDATION_LENGTH),
         train_files=len(train),
         validation_files=len(validation),
     )
@@ -85,8 +90,15 @@ def _encode(text: str, characters: str) -> np.ndarray:
     return np.fromiter((ids.get(character, UNKNOWN) for character in text), dtype=np.int64, count=len(text))
 
 
-def _spread(ids: np.ndarray) -> np.ndarray:
+def spread(ids: np.ndarray, streams: int, length: int) -> np.ndarray:
     """(streams, length): the beginnings of equal slices of `ids`; few and short ones where there is little text."""
-    streams = min(VALIDATION_STREAMS, max(1, len(ids) // VALIDATION_LENGTH))
+    streams = min(streams, max(1, len(ids) // length))
     slices = ids[: len(ids) // streams * streams].reshape(streams, -1)
-    return slices[:, :VALIDATION_LENGTH]
+    return slices[:, :length]
+
+
+def windows_of_step(windows: int, batch: int, step: int, seed: int) -> Tensor:
+    """Which of a text's windows a step sees, (batch,): from all over it, each once before any comes again."""
+    steps_a_pass = windows // batch
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed + step // steps_a_pass))
+    return order[step % steps_a_pass * batch :][:batch]
