@@ -65,7 +65,7 @@ config.json and model.safetensors are transformers' format. A sample:
 def train_gpt2(
     threads: int | None, text: Path | None, bpe: Path | None, out: Path, fresh: bool, learning_rate: float, **sizes: int
 ) -> None:
-    """Trains a small GPT-2 on real text, in a few minutes, and says how good it is.
+    """Trains a small GPT-2 on real text, and says how good it is.
 
     The text is that of Python's own standard library; every tenth file is kept aside for validation, and a 4-gram with
     Kneser-Ney smoothing is measured on the same bytes. You get a folder in transformers' format, with a model card, a
