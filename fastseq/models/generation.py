@@ -332,7 +332,7 @@ def _beam_search(
     device, V = decoding.input_ids.device, decoding.model.config.vocab_size
     candidates = K * max(2, 1 + len(decoding.eos))
     if candidates > K * V:
-        raise ValueError(f"num_beams needs more tokens than the vocabulary's {V} to choose from")
+        raise ValueError(f"beam search needs more tokens than the {len(decoding.eos)} of eos_token_id; there are {V}")
     among_best = torch.arange(candidates, device=device) < K
     first_row = torch.arange(B, device=device)[:, None] * K
 
