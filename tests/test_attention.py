@@ -12,8 +12,8 @@ import fastseq
 from fastseq import _C, reference
 from fastseq.bench import memory
 
-# B, N, N_kv, L, S, D, Dv around the widths of vectors (2 to 16), tiles (6), panels (4 to 64), chains (64) and the
-# blocks of queries (48) and of keys (256, 512); then (low, high) and the mask's shape, "b" bool, "f" added.
+# B, N, N_kv, L, S, D, Dv around the widths of vectors (2 to 16), tiles (6), panels (4 to 64) and the blocks of queries
+# (48) and of keys (256, 512); then (low, high) and the mask's shape, "b" bool, "f" added.
 SIZES = {
     "one of each": (1, 1, 1, 1, 1, 1, 1),
     "odd": (2, 3, 3, 7, 5, 3, 9),

@@ -21,12 +21,16 @@ class ScoreGradients {
  public:
   using A = Compute<T>;
   using V = Vec<A>;
-  using Shape = PanelShape<A, 1>;
+  using F = Factor<T>;
+  using Shape = PanelShape<F, 1>;
+  static constexpr int count = Terms<F>::count;
 
   // Of the product of queries and keys, times the scale, or of the score that the softmax sees.
   enum class Of { product, score };
   ScoreGradients(const AttentionBackward<T, A>& p, Of of)
-      : factor_(static_cast<A>(of == Of::product ? p.scale : 1)), through_cap_(of == Of::product && p.softcap != 0) {
+      : factor_(static_cast<A>(of == Of::product ? p.scale : 1)),
+        through_cap_(of == Of::product && p.softcap != 0),
+        joins_rows_(of == Of::product && count == 2) {
     const int64_t panels = Shape::blocks(kGradientKeys);
     ld_ = score_stride<A>(kGradientKeys);
     k_panels_.allocate(panels * Shape::panel_numbers(p.size));
@@ -36,10 +40,9 @@ class ScoreGradients {
     k_packed_.allocate(kGradientKeys * whole_vectors<T>(p.size));
     q_packed_.allocate(kGradientQueries * whole_vectors<T>(p.size));
     d_out_packed_.allocate(kGradientQueries * whole_vectors<T>(p.value_size));
-    if (!ComputeRows<T>::kInPlace) {
-      scratch_.allocate(Shape::panel_numbers(most));
-      memory_.allocate(kGradientQueries * most);
-    }
+    memory_.allocate(kGradientQueries * whole_steps<F>(most));
+    if (sizeof(T) != sizeof(F)) scratch_.allocate(Shape::panel_numbers(most));
+    if (joins_rows_) gradient_rows_.allocate(kGradientQueries * ld_);
     if (through_cap_) cap_derivative_.allocate(kGradientKeys);
     if (p.dropout.threshold) multipliers_.allocate(kGradientKeys);
   }
@@ -50,7 +53,7 @@ class ScoreGradients {
     j0_ = j0, keys_ = keys;
     const T *const k = p.k.at(kv_head, j0), *const v = p.v.at(kv_head, j0);
     for (int64_t j = 0; j < Shape::blocks(keys); ++j) {
-      pack_scores_panel(k, p_->k.row, keys, p_->size, j, static_cast<A>(key_factor(p)), scratch_.get(),
+      pack_scores_panel(k, p_->k.row, keys, p_->size, j, static_cast<A>(score_factor(p)), scratch_.get(),
                         k_panels_.get() + j * Shape::panel_numbers(p_->size));
       pack_scores_panel(v, p_->v.row, keys, p_->value_size, j, A(1), scratch_.get(),
                         v_panels_.get() + j * Shape::panel_numbers(p_->value_size));
@@ -61,9 +64,9 @@ class ScoreGradients {
   // Queries [i0, i0 + rows) against those keys. delta: of these rows.
   void compute(int64_t n, int64_t i0, int64_t rows, const A* delta) {
     i0_ = i0, rows_ = rows;
-    const auto product = [&](const Heads<const T>& from, int64_t size, const A* panels, A* packed, A* to) {
+    const auto product = [&](const Heads<const T>& from, int64_t size, const F* panels, F* packed, A* to) {
       const T* const at = from.at(n, i0);
-      const ComputeRows<T> left(at, from.row, rows, size, memory_.get());
+      const FactorRows<T> left(at, from.row, rows, size, memory_.get());
       score_product(left.data, left.row, rows, size, panels, keys_, to, ld_,
                     [&](int64_t m0, int64_t m1) { return keys_of(m0, m1); });
       pack_rows(at, from.row, rows, size, packed);
@@ -73,7 +76,9 @@ class ScoreGradients {
     const A* const lse = p_->lse.of(n) + i0;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t m0 = r / kTileRows * kTileRows, m1 = m0 + kTileRows < rows ? m0 + kTileRows : rows;
-      row(n, r, lse[r], delta[r], keys_of(r, r + 1), keys_of(m0, m1));
+      const Range tile = keys_of(m0, m1);
+      row(n, r, lse[r], delta[r], keys_of(r, r + 1), tile);
+      if (joins_rows_ && (r % 2 == 1 || r + 1 == rows)) join_rows(r / 2 * 2, rows, read_of(tile));
     }
   }
 
@@ -84,28 +89,69 @@ class ScoreGradients {
     return {begin < 0 ? 0 : begin, end < rows_ ? end : rows_};
   }
 
-  // The probabilities after dropout.
-  const A* probabilities() const { return probabilities_.get(); }
+  // dS, where it is of the score.
   const A* gradients() const { return gradients_.get(); }
   int64_t ld() const { return ld_; }
 
+  // The left sides of products, where it is of the product: P after dropout and dS, transposed, and dS.
+  struct Left {
+    const F* data;
+    int64_t row, step;
+  };
+  Left probabilities_transposed() const { return transposed(probabilities_.get()); }
+  Left gradients_transposed() const { return transposed(gradients_.get()); }
+  Left gradient_rows() const {
+    if constexpr (count == 2) {
+      return {gradient_rows_.get(), ld_, count};
+    } else {
+      return {gradients_.get(), ld_, 1};
+    }
+  }
+
   // Packed rows.
-  const A* keys() const { return k_packed_.get(); }
-  const A* queries() const { return q_packed_.get(); }
-  const A* d_out() const { return d_out_packed_.get(); }
+  const F* keys() const { return k_packed_.get(); }
+  const F* queries() const { return q_packed_.get(); }
+  const F* d_out() const { return d_out_packed_.get(); }
 
  private:
+  Left transposed(const A* rows) const {
+    constexpr int64_t each = sizeof(A) / sizeof(F);
+    return {reinterpret_cast<const F*>(rows), count, count * each * ld_};
+  }
+
+  // What products read of the rows that see these keys: of keys, too, whole tiles, and whole steps.
+  Range read_of(Range tile) const {
+    const int64_t last = (tile.end + kTileRows - 1) / kTileRows * kTileRows;
+    return {tile.begin / kTileRows * kTileRows, last < keys_ ? last : whole_steps<F>(keys_)};
+  }
+
+  // Of two rows, P and dS become pairs in the place of the first, and dS is copied as it is.
+  void join_rows(int64_t r, int64_t rows, Range read) {
+    if constexpr (count == 2) {
+      A *const s = probabilities_.get() + r * ld_, *const d = gradients_.get() + r * ld_;
+      F* const copies = gradient_rows_.get() + r * ld_;
+      for (int64_t j = read.begin / V::size * V::size; j < read.end; j += V::size) {
+        const bool two = r + 1 < rows;
+        const V d0 = V::load(d + j), d1 = two ? V::load(d + ld_ + j) : V(0);
+        store_rounded(d0, copies + j);
+        store_rounded(d1, copies + ld_ + j);
+        pairs_of(d0, d1).store(d + j);
+        pairs_of(V::load(s + j), two ? V::load(s + ld_ + j) : V(0)).store(s + j);
+      }
+    } else {
+      (void)r, (void)rows, (void)read;
+    }
+  }
+
   void row(int64_t n, int64_t r, A lse, A delta, Range mine, Range tile) {
     constexpr int64_t size = V::size;
     A *const s = probabilities_.get() + r * ld_, *const d = gradients_.get() + r * ld_;
-    // What a product reads of the row: of keys, too, whole tiles.
-    const int64_t first = tile.begin / kTileRows * kTileRows;
-    int64_t last = (tile.end + kTileRows - 1) / kTileRows * kTileRows;
-    last = last < keys_ ? last : keys_;
+    const auto [first, last] = read_of(tile);
     int64_t begin = first, end = first;
     if (mine.begin < mine.end && lse != -static_cast<A>(__builtin_inf())) {
       const Range vectors = whole_vectors_of<A>(mine);
       begin = vectors.begin, end = vectors.end;
+      if (!kScaledKeys<T>) scale_row(static_cast<A>(score_factor(*p_)), vectors, s);
       finish_scores(*p_, n, i0_ + r, j0_, mine, s, cap_derivative_.get());
       if (multipliers_.get()) {
         dropout_multipliers(*p_, n, i0_ + r, j0_, mine, multipliers_.get());
@@ -130,10 +176,10 @@ class ScoreGradients {
   const AttentionBackward<T, A>* p_ = nullptr;
   VisibleKeys visible_{};
   A factor_;
-  bool through_cap_;
+  bool through_cap_, joins_rows_;
   int64_t ld_ = 0, j0_ = 0, keys_ = 0, i0_ = 0, rows_ = 0;
-  Workspace<A> k_panels_, v_panels_, k_packed_, q_packed_, d_out_packed_, probabilities_, gradients_, scratch_, memory_;
-  Workspace<A> cap_derivative_, multipliers_;
+  Workspace<F> k_panels_, v_panels_, k_packed_, q_packed_, d_out_packed_, memory_, gradient_rows_;
+  Workspace<A> probabilities_, gradients_, scratch_, cap_derivative_, multipliers_;
 };
 
 // delta of all queries of a head.
@@ -196,13 +242,13 @@ class AttentionBackwardWorker {
     if (seen.begin >= seen.end) return;
     scores_.compute(n, i, rows, delta);
     const auto queries = [&](int64_t c0, int64_t c1) { return scores_.queries_of(c0, c1); };
-    const int64_t ld = scores_.ld();
-    accumulate_product(scores_.probabilities(), 1, ld, keys, rows, scores_.d_out(), value_columns_, dv_.get(),
-                       value_columns_, queries);
+    const auto p = scores_.probabilities_transposed(), ds = scores_.gradients_transposed(),
+               rows_of_ds = scores_.gradient_rows();
     accumulate_product(
-        scores_.gradients(), 1, ld, keys, rows, scores_.queries(), columns_, dk_.get(), columns_, queries);
-    accumulate_product(scores_.gradients(), ld, 1, rows, keys, scores_.keys(), columns_, dq, dq_row,
-                       [&](int64_t m0, int64_t m1) { return scores_.keys_of(m0, m1); });
+        p.data, p.row, p.step, keys, rows, scores_.d_out(), value_columns_, dv_.get(), value_columns_, queries);
+    accumulate_product(ds.data, ds.row, ds.step, keys, rows, scores_.queries(), columns_, dk_.get(), columns_, queries);
+    accumulate_product(rows_of_ds.data, rows_of_ds.row, rows_of_ds.step, rows, keys, scores_.keys(), columns_, dq,
+                       dq_row, [&](int64_t m0, int64_t m1) { return scores_.keys_of(m0, m1); });
   }
 
   static void store(const A* from, int64_t row, const Heads<T>& to, int64_t head, int64_t first, int64_t rows,
@@ -230,7 +276,7 @@ void attention_backward(const AttentionBackward<T, Compute<T>>& p) {
       p.ragged_queries.starts ? p.heads * p.ragged_queries.starts[p.batch] : p.batch * p.heads * p.queries;
   const int64_t parts = gradient_parts(groups, p.keys);
   // Sums of dQ: in its place, or in memory of their own for each part.
-  const bool in_place = parts == 1 && ComputeRows<T>::kInPlace && p.size % V::size == 0;
+  const bool in_place = parts == 1 && sizeof(T) == sizeof(A) && p.size % V::size == 0;
   Workspace<A> memory;
   A* const sums = in_place ? nullptr : memory.zeros(parts * rows * columns);
   // Of part 0 and a batch entry: its rows where they would be in (rows of the entries, N) contiguous.
@@ -247,7 +293,7 @@ void attention_backward(const AttentionBackward<T, Compute<T>>& p) {
       const int64_t end = blocks.end * kGradientKeys < mine.keys ? blocks.end * kGradientKeys : mine.keys;
       Heads<A> dq = sums_of(mine, b);
       move(dq.data, task % parts * rows * columns);
-      if constexpr (ComputeRows<T>::kInPlace) {
+      if constexpr (sizeof(T) == sizeof(A)) {
         if (in_place) {
           dq = mine.dq;
           for (int64_t n = kv_head * group; n < (kv_head + 1) * group; ++n)

@@ -4,9 +4,10 @@
 // A product with the scores is one of
 //   S (rows, keys)  = Q K^T     K in panels, transposed: [panel][D][lanes], zero past the last key
 //   O (rows, Dv)   += P V       V in panels of a few columns: [group of columns][S][lanes]
-// and backward's likewise; the left side's numbers are broadcast, so it may be transposed where it lies. Sums are
-// pieces of kTermBlock terms, added in order, from a block's first key on, so a row's bits do not depend on the batch,
-// its place in it or the threads.
+// and backward's likewise; the left side's numbers are broadcast, so it may be transposed where it lies. Both sides are
+// of the type Factor: of pairs, two neighbours along the sum lie side by side in a lane (terms.h), and P and dS are
+// rounded. Sums are pieces of kTermBlock terms, added in order, from a block's first key on, so a row's bits do not
+// depend on the batch, its place in it or the threads.
 #pragma once
 
 template <class T>
@@ -70,30 +71,50 @@ constexpr int64_t whole_vectors(int64_t numbers) {
   return (numbers + V - 1) / V * V;
 }
 
-// c (rows, NV vectors) (+)= a b for some terms of the sum and at most kTileRows rows.
-template <int NV, int MR, class A>
-FASTSEQ_INLINE void score_tile(int64_t rows, const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t b_row,
-                               Range k, A* c, int64_t ldc, bool accumulate) {
+// What the products take: bfloat16 as it is where the processor multiplies pairs of it, else what is computed in.
+#if defined(__AVX512BF16__)
+template <class T>
+using Factor = T;
+#else
+template <class T>
+using Factor = Compute<T>;
+#endif
+
+// Terms of a sum in whole steps.
+template <class F>
+constexpr int64_t whole_steps(int64_t terms) {
+  return (terms + Terms<F>::count - 1) / Terms<F>::count * Terms<F>::count;
+}
+template <class F>
+constexpr Range whole_steps(Range terms) {
+  return {terms.begin / Terms<F>::count * Terms<F>::count, whole_steps<F>(terms.end)};
+}
+
+// c (rows, NV vectors) (+)= a b for some terms of the sum, in whole steps, and at most kTileRows rows.
+template <int NV, int MR, class F>
+FASTSEQ_INLINE void score_tile(int64_t rows, const F* a, int64_t a_row, int64_t a_step, const F* b, int64_t b_step,
+                               Range k, Compute<F>* c, int64_t ldc, bool accumulate) {
   if constexpr (MR > 0) {
-    if (rows < MR) return score_tile<NV, MR - 1, A>(rows, a, a_row, a_column, b, b_row, k, c, ldc, accumulate);
+    constexpr int64_t count = Terms<F>::count;
+    if (rows < MR) return score_tile<NV, MR - 1, F>(rows, a, a_row, a_step, b, b_step, k, c, ldc, accumulate);
     for (int64_t k0 = k.begin; k0 < k.end; k0 += kTermBlock)
-      tile<MR, NV, 1, A>(a + k0 * a_column, a_row, a_column, b + k0 * b_row, b_row, 0,
+      tile<MR, NV, 1, F>(a + k0 / count * a_step, a_row, a_step, b + k0 / count * b_step, b_step, 0,
                          k.end - k0 < kTermBlock ? k.end - k0 : kTermBlock, c, ldc, accumulate || k0 > k.begin);
   }
 }
 
 // c (rows, keys) = a panels, the panels of at least columns_of(rows) alone.
-template <class A, class ColumnsOf>
-void score_product(const A* a, int64_t a_row, int64_t rows, int64_t size, const A* panels, int64_t keys, A* c,
+template <class F, class ColumnsOf>
+void score_product(const F* a, int64_t a_row, int64_t rows, int64_t size, const F* panels, int64_t keys, Compute<F>* c,
                    int64_t ldc, const ColumnsOf& columns_of) {
-  using Shape = PanelShape<A, 1>;
-  for (int64_t j = 0; j < keys; j += Shape::width, panels += size * Shape::width) {
+  using Shape = PanelShape<F, 1>;
+  for (int64_t j = 0; j < keys; j += Shape::width, panels += Shape::panel_numbers(size)) {
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const int64_t here = rows - m < kTileRows ? rows - m : kTileRows;
       const Range needed = columns_of(m, m + here);
       if (needed.end <= j || needed.begin >= j + Shape::width) continue;
-      score_tile<Shape::vectors, kTileRows, A>(
-          here, a + m * a_row, a_row, 1, panels, Shape::width, {0, size}, c + m * ldc + j, ldc, false);
+      score_tile<Shape::vectors, kTileRows, F>(
+          here, a + m * a_row, a_row, Terms<F>::count, panels, Shape::step, {0, size}, c + m * ldc + j, ldc, false);
     }
   }
 }
@@ -109,14 +130,23 @@ FASTSEQ_INLINE void for_each_column_group(int64_t columns, const Use& use) {
 }
 
 // Rows (rows, size) as the right side of a product: [group of columns][row][columns of the group], whole vectors, zero
-// past the size.
+// past the size; of pairs [group][two rows][columns][2], zero past the last row.
 template <class T>
-void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t size, Compute<T>* to) {
+void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t size, Factor<T>* to) {
   using V = Vec<Compute<T>>;
+  constexpr int count = Terms<Factor<T>>::count;
   for_each_column_group<Compute<T>>(whole_vectors<T>(size), [&](auto part, int64_t j) __attribute__((always_inline)) {
     constexpr int NV = decltype(part)::value;
-    Compute<T>* group = to + rows * j;
-    if (j + NV * V::size <= size) {
+    Factor<T>* group = to + whole_steps<Factor<T>>(rows) * j;
+    if constexpr (count == 2) {
+      for (int64_t i = 0; i < rows; i += 2)
+        for (int v = 0; v < NV; ++v) {
+          const T* const at = from + i * stride + j + v * V::size;
+          const int64_t valid = size - j - v * V::size;
+          pairs_of(V::load(at, valid), i + 1 < rows ? V::load(at + stride, valid) : V(0))
+              .store(reinterpret_cast<float*>(group + (i * NV + 2 * v) * V::size));
+        }
+    } else if (j + NV * V::size <= size) {
       for (int64_t i = 0; i < rows; ++i)
         for (int v = 0; v < NV; ++v) V::load(from + i * stride + j + v * V::size).store(group + (i * NV + v) * V::size);
     } else {
@@ -128,54 +158,84 @@ void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t size, Comput
 }
 
 // c (rows, columns) += a b, b packed rows, for each tile of rows of c its own terms of all.
-template <class A, class TermsOf>
-void accumulate_product(const A* a, int64_t a_row, int64_t a_column, int64_t rows, int64_t terms, const A* b,
-                        int64_t columns, A* c, int64_t ldc, const TermsOf& terms_of) {
+template <class F, class TermsOf>
+void accumulate_product(const F* a, int64_t a_row, int64_t a_step, int64_t rows, int64_t terms, const F* b,
+                        int64_t columns, Compute<F>* c, int64_t ldc, const TermsOf& terms_of) {
+  constexpr int count = Terms<F>::count;
+  terms = whole_steps<F>(terms);
   for (int64_t k0 = 0; k0 < terms; k0 += kTermBlock) {
     const int64_t k1 = k0 + kTermBlock < terms ? k0 + kTermBlock : terms;
-    for_each_column_group<A>(columns, [&](auto part, int64_t j) __attribute__((always_inline)) {
+    for_each_column_group<Compute<F>>(columns, [&](auto part, int64_t j) __attribute__((always_inline)) {
       constexpr int NV = decltype(part)::value;
       for (int64_t m = 0; m < rows; m += kTileRows) {
         const int64_t here = rows - m < kTileRows ? rows - m : kTileRows;
-        Range k = terms_of(m, m + here);
+        Range k = whole_steps<F>(terms_of(m, m + here));
         k = {k.begin > k0 ? k.begin : k0, k.end < k1 ? k.end : k1};
         if (k.begin < k.end)
-          score_tile<NV, kTileRows, A>(
-              here, a + m * a_row, a_row, a_column, b + terms * j, NV * Vec<A>::size, k, c + m * ldc + j, ldc, true);
+          score_tile<NV, kTileRows, F>(here, a + m * a_row, a_row, a_step, b + terms * j,
+                                       NV * Vec<Compute<F>>::size * count, k, c + m * ldc + j, ldc, true);
       }
     });
   }
 }
 
-// Rows in the type that is computed in: where they lie, or copied to memory of rows * size numbers.
+// Rows as the left side of a product: where they lie, or copied to memory of rows * whole_steps(size) numbers.
 template <class T>
-struct ComputeRows {
-  using A = Compute<T>;
-  static constexpr bool kInPlace = sizeof(T) == sizeof(A);
-  const A* data;
+struct FactorRows {
+  using F = Factor<T>;
+  const F* data;
   int64_t row;
 
-  ComputeRows(const T* from, int64_t stride, int64_t rows, int64_t size, A* memory) {
-    if constexpr (kInPlace) {
-      (void)rows, (void)size, (void)memory;
-      data = from, row = stride;
-    } else {
-      data = memory, row = size;
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < size; j += Vec<A>::size)
-          Vec<A>::load(from + i * stride + j, size - j).store(memory + i * size + j, size - j);
+  FactorRows(const T* from, int64_t stride, int64_t rows, int64_t size, F* memory) {
+    if constexpr (sizeof(T) == sizeof(F)) {
+      if (size % Terms<F>::count == 0) {
+        data = from, row = stride;
+        return;
+      }
+    }
+    data = memory, row = whole_steps<F>(size);
+    for (int64_t i = 0; i < rows; ++i) {
+      if constexpr (sizeof(T) == sizeof(F)) {
+        to_left(from + i * stride, size, memory + i * row);
+      } else {
+        for (int64_t j = 0; j < size; j += Vec<F>::size)
+          Vec<F>::load(from + i * stride + j, size - j).store(memory + i * row + j, size - j);
+      }
     }
   }
 };
 
-// Panel j of rows (n, size), transposed and times a factor. scratch: a panel's numbers, for another type.
+// Numbers of a row as the left side of a product, from its start on, in their place. As many as whole vectors have are
+// written.
+template <class F>
+void row_to_factors(Compute<F>* row, Range columns) {
+  if constexpr (sizeof(F) < sizeof(Compute<F>)) {
+    using V = Vec<Compute<F>>;
+    for (int64_t j = columns.begin / V::size * V::size; j < columns.end; j += V::size)
+      store_rounded(V::load(row + j), reinterpret_cast<F*>(row) + j);
+  }
+}
+
+constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
+
+// Scores are in units of log 2, so that their exponentials are powers of two: products are times this, be it the keys
+// where they are of the type that is computed in, or the scores.
+template <class T, class A>
+double score_factor(const Attention<T, A>& p) {
+  return p.softcap != 0 ? p.scale / p.softcap : p.scale * kLog2e;
+}
+template <class T>
+constexpr bool kScaledKeys = sizeof(Factor<T>) == sizeof(Compute<T>);
+
+// Panel j of rows (n, size), transposed and, where they are of the type that is computed in, times a factor. scratch: a
+// panel's numbers, for another type.
 template <class T>
 void pack_scores_panel(const T* rows, int64_t stride, int64_t n, int64_t size, int64_t j, Compute<T> factor,
-                       Compute<T>* scratch, Compute<T>* panel) {
+                       Compute<T>* scratch, Factor<T>* panel) {
   using A = Compute<T>;
   using V = Vec<A>;
-  using Shape = PanelShape<A, 1>;
-  if constexpr (sizeof(T) == sizeof(A)) {
+  using Shape = PanelShape<Factor<T>, 1>;
+  if constexpr (sizeof(T) == sizeof(Factor<T>)) {
     (void)scratch;
     pack_transposed<1>(rows, stride, n, size, j, panel);
   } else {
@@ -185,8 +245,9 @@ void pack_scores_panel(const T* rows, int64_t stride, int64_t n, int64_t size, i
         V::load(rows + (first + i) * stride + k, size - k).store(scratch + i * size + k, size - k);
     pack_transposed<1>(scratch, size, here, size, 0, panel);
   }
-  if (factor != 1)
-    for (int64_t i = 0; i < size * Shape::width; i += V::size) (V::load(panel + i) * V(factor)).store(panel + i);
+  if constexpr (kScaledKeys<T>)
+    if (factor != 1)
+      for (int64_t i = 0; i < size * Shape::width; i += V::size) (V::load(panel + i) * V(factor)).store(panel + i);
 }
 
 // The keys that rows [i0, i1) of the queries see, and of those each row for itself, relative to a block of keys.

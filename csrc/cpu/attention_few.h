@@ -59,8 +59,7 @@ class FewQueriesWorker {
     state.largest() = hidden, state.total() = 0;
     memset(state.sums(), 0, p_->value_size * sizeof(A));
     if (mine.begin >= mine.end) return;
-    const V factor(static_cast<A>(key_factor(*p_)));
-    for (int64_t j = whole_vectors_of<A>(mine).begin; j < mine.end; j += size) (V::load(s + j) * factor).store(s + j);
+    scale_row(static_cast<A>(score_factor(*p_)), whole_vectors_of<A>(mine), s);
     const Exponentials<A> e = exponentiate(*p_, n, i, j0, mine, hidden, s);
     state.largest() = e.largest, state.total() = e.total;
     if (p_->dropout.threshold) {

@@ -24,7 +24,8 @@ class AttentionForwardWorker {
  public:
   using A = Compute<T>;
   using V = Vec<A>;
-  using Shape = PanelShape<A, 1>;
+  using F = Factor<T>;
+  using Shape = PanelShape<F, 1>;
 
   explicit AttentionForwardWorker(const AttentionForward<T, A>& p) {
     columns_ = whole_vectors<T>(p.value_size);
@@ -33,12 +34,10 @@ class AttentionForwardWorker {
     scores_.allocate(kQueryBlock * ld_scores_);
     sums_.allocate(kQueryBlock * columns_);
     largest_.allocate(kQueryBlock), total_.allocate(kQueryBlock);
-    values_.allocate(p.keys * columns_);
+    values_.allocate(whole_steps<F>(p.keys) * columns_);
     if (p.dropout.threshold) multipliers_.allocate(kKeyBlock);
-    if (!ComputeRows<T>::kInPlace) {
-      queries_.allocate(kQueryBlock * p.size);
-      scratch_.allocate(Shape::panel_numbers(p.size));
-    }
+    queries_.allocate(kQueryBlock * whole_steps<F>(p.size));
+    if (sizeof(T) != sizeof(F)) scratch_.allocate(Shape::panel_numbers(p.size));
   }
 
   // Queries [i0, i1) of a batch entry, of all heads that share these keys and values.
@@ -53,7 +52,7 @@ class AttentionForwardWorker {
 
  private:
   void prepare_keys(int64_t kv_head, Range keys) {
-    const A factor = static_cast<A>(key_factor(*p_));
+    const A factor = static_cast<A>(score_factor(*p_));
     for (int64_t j = keys.begin / Shape::width; j * Shape::width < keys.end; ++j)
       pack_scores_panel(p_->k.at(kv_head, 0), p_->k.row, p_->keys, p_->size, j, factor, scratch_.get(),
                         panels_.get() + j * Shape::panel_numbers(p_->size));
@@ -65,7 +64,7 @@ class AttentionForwardWorker {
 
   void block(int64_t n, int64_t i0, int64_t i1) {
     const int64_t rows = i1 - i0;
-    const ComputeRows<T> q(p_->q.at(n, i0), p_->q.row, rows, p_->size, queries_.get());
+    const FactorRows<T> q(p_->q.at(n, i0), p_->q.row, rows, p_->size, queries_.get());
     for (int64_t r = 0; r < rows; ++r) largest_.get()[r] = -static_cast<A>(__builtin_inf()), total_.get()[r] = 0;
     memset(sums_.get(), 0, rows * columns_ * sizeof(A));
     const Range keys = visible_.of_rows(i0, i1);
@@ -80,8 +79,8 @@ class AttentionForwardWorker {
                  r / kTileRows * kTileRows + kTileRows < rows ? r / kTileRows * kTileRows + kTileRows : rows);
         softmax_row(n, i0 + r, r, j0, seen(r, r + 1), tile);
       }
-      accumulate_product(scores_.get(), ld_scores_, 1, rows, here, values_.get() + j0 * columns_, columns_, sums_.get(),
-                         columns_, seen);
+      accumulate_product(reinterpret_cast<const F*>(scores_.get()), ld_scores_ * sizeof(A) / sizeof(F), Terms<F>::count,
+                         rows, here, values_.get() + j0 * columns_, columns_, sums_.get(), columns_, seen);
     }
     for (int64_t r = 0; r < rows; ++r)
       write_row(*p_, n, i0 + r, largest_.get()[r], total_.get()[r], sums_.get() + r * columns_);
@@ -91,11 +90,17 @@ class AttentionForwardWorker {
   // zero.
   void softmax_row(int64_t n, int64_t i, int64_t r, int64_t j0, Range mine, Range read) {
     A* const s = scores_.get() + r * ld_scores_;
+    read = whole_steps<F>(read);
     const bool any = mine.begin < mine.end;
     const Range written = any ? whole_vectors_of<A>(mine) : Range{read.end, read.end};
     for (int64_t j = read.begin; j < written.begin; ++j) s[j] = 0;
     for (int64_t j = written.end; j < read.end; ++j) s[j] = 0;
-    if (!any) return;
+    if (any) softmax_columns(n, i, r, j0, mine, s);
+    row_to_factors<F>(s, read);
+  }
+
+  void softmax_columns(int64_t n, int64_t i, int64_t r, int64_t j0, Range mine, A* s) {
+    if (!kScaledKeys<T>) scale_row(static_cast<A>(score_factor(*p_)), whole_vectors_of<A>(mine), s);
     A &largest = largest_.get()[r], &total = total_.get()[r];
     const A before = largest;
     const Exponentials<A> e = exponentiate(*p_, n, i, j0, mine, before, s);
@@ -109,14 +114,15 @@ class AttentionForwardWorker {
     total += e.total;
     if (p_->dropout.threshold) {
       dropout_multipliers(*p_, n, i, j0, mine, multipliers_.get());
-      multiply_row(multipliers_.get(), written, s);
+      multiply_row(multipliers_.get(), whole_vectors_of<A>(mine), s);
     }
   }
 
   const AttentionForward<T, A>* p_ = nullptr;
   VisibleKeys visible_{};
   int64_t columns_ = 0, ld_scores_ = 0;
-  Workspace<A> panels_, scores_, sums_, largest_, total_, queries_, scratch_, values_, multipliers_;
+  Workspace<F> panels_, queries_, values_;
+  Workspace<A> scores_, sums_, largest_, total_, scratch_, multipliers_;
 };
 
 // Of the entries whose number of queries is wanted, a head's queries in as many parts as keep all threads busy to the

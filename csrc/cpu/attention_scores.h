@@ -1,14 +1,5 @@
 // A row of scores between the product and the softmax, the softmax of a block of them, and dropout.
-//
-// Scores are in units of log 2, so that their exponentials are powers of two: the keys are packed times key_factor.
 #pragma once
-
-constexpr double kLog2e = 1.44269504088896340736, kLn2 = 0.69314718055994530942;
-
-template <class T, class A>
-double key_factor(const Attention<T, A>& p) {
-  return p.softcap != 0 ? p.scale / p.softcap : p.scale * kLog2e;
-}
 
 // The whole vectors in which columns are.
 template <class A>
@@ -23,6 +14,12 @@ FASTSEQ_INLINE void hide_outside(A* scores, Range mine, Range vectors) {
   const A hidden = -static_cast<A>(__builtin_inf());
   for (int64_t j = vectors.begin; j < mine.begin; ++j) scores[j] = hidden;
   for (int64_t j = mine.end; j < vectors.end; ++j) scores[j] = hidden;
+}
+
+template <class A>
+FASTSEQ_INLINE void scale_row(A factor, Range vectors, A* scores) {
+  using V = Vec<A>;
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) (V::load(scores + j) * V(factor)).store(scores + j);
 }
 
 // s -> c tanh(s); the derivative of this in s / c, 1 - tanh^2, where it is asked for.

@@ -6,7 +6,7 @@
 // thread, so a row's result does not depend on its company.
 #pragma once
 
-constexpr int64_t kChain = 64;
+constexpr int64_t kChain = 128;
 constexpr int64_t kRowBlock = 64;  // rows that share one pass over a panel; bounds the scratch
 
 // Register tiles: rows MR by NV vectors, MR*NV accumulators plus the operands within the register file.

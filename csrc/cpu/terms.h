@@ -90,6 +90,22 @@ struct Terms<bfloat16> {
   }
 };
 
+#if defined(__AVX512BF16__)
+// Rounded to nearest, ties to even; denormals become zero, as in a product of pairs.
+FASTSEQ_INLINE void store_rounded(Vec<float> v, bfloat16* to) {
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)v.v);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+// Pairs, so rounded, of the same lane of two vectors.
+FASTSEQ_INLINE Vec<float> pairs_of(Vec<float> first, Vec<float> second) {
+  using Traits = VecTraits<float>;
+  const auto lanes = [](Vec<float> v) __attribute__((always_inline)) {
+    return __builtin_convertvector((Traits::halves)_mm512_cvtneps_pbh((__m512)v.v), Traits::unsigned_bits);
+  };
+  return (Vec<float>::Native)(lanes(first) | lanes(second) << 16);
+}
+#endif
+
 // n numbers as a panel product takes them, zero up to whole steps.
 template <class T>
 FASTSEQ_INLINE void to_left(const T* from, int64_t n, typename Terms<T>::Left* to) {

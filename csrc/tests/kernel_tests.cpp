@@ -15,7 +15,7 @@
 namespace fastseq::test {
 namespace {
 
-// Around the widths of vectors (2 to 16 numbers), of panels (up to 64) and of chains (64), the row blocks (64), the
+// Around the widths of vectors (2 to 16 numbers), of panels (up to 64), of chains (128) and of the row blocks (64), the
 // number of steps from which weights are packed (8), and the work from which threads share rows or units. The first
 // kQuickShapes of them touch every branch of the drivers at least once.
 constexpr int kQuickShapes = 10;
@@ -40,11 +40,11 @@ const Shape kShapes[] = {
     {7, 70, 3, 64, 0, 1, true, true, false},
     {8, 1, 17, 64, 0, 2, false, true, true},
     {8, 7, 1, 1, 0, 1, true, true, true},
-    {8, 70, 65, 33, 64, 2, true, true, true},
+    {8, 70, 129, 33, 64, 2, true, true, true},
     {20, 1, 15, 7, 3, 2, false, true, false},
     {20, 7, 64, 15, 0, 2, true, true, true},
     {12, 70, 5, 64, 15, 1, false, true, true},
-    {12, 5, 20, 131, 70, 2, true, true, true},  // units shared in two directions, an odd tail
+    {12, 5, 20, 131, 130, 2, true, true, true},  // units shared in two directions, an odd tail
     {8, 150, 2, 17, 0, 1, false, false, true},  // more than two blocks of rows
     {3, 1100, 2, 31, 0, 1, true, true, true},   // rows shared where steps are GEMM calls
     {0, 3, 2, 5, 0, 2, false, true, true},      // no steps

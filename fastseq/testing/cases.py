@@ -304,7 +304,7 @@ SIZES: tuple[dict[str, int], ...] = (
     {"T": 7, "B": 9, "I": 33, "H": 17},
     {"T": 20, "B": 13, "I": 7, "H": 33},
     {"T": 8, "B": 130, "I": 20, "H": 24},
-    # Rows over threads, units over threads; more than one chain of 64 along K.
+    # Rows over threads, units over threads; more than one chain of 128 along K.
     {"T": 12, "B": 32, "I": 31, "H": 65},
     {"T": 25, "B": 1, "I": 65, "H": 130},
     {"T": 3, "B": 3, "I": 130, "H": 129},
