@@ -13,6 +13,9 @@ struct SoftmaxState {
   A* sums() const { return numbers + 2; }
 };
 
+// How far ahead rows are asked for that come from far away; what the processor asks for itself ends with a page.
+constexpr int64_t kBytesAhead = 2048;
+
 template <class T>
 class FewQueriesWorker {
  public:
@@ -33,9 +36,14 @@ class FewQueriesWorker {
     const int64_t group = p.heads / p.kv_heads, rows = group * p.queries, first = kv_head * group;
     for (int64_t r = 0; r < rows; ++r)
       memcpy(queries_.get() + r * p.size, p.q.at(first + r / p.queries, r % p.queries), p.size * sizeof(T));
-    const T* const k = p.k.at(kv_head, j0);
+    const T *const k = p.k.at(kv_head, j0), *const v = p.v.at(kv_head, j0);
+    const int64_t ahead = kBytesAhead / (p.size * static_cast<int64_t>(sizeof(T))) + 1;
     for (int64_t j = 0; j < keys; j += kDotColumns<T>) {
       const int64_t here = keys - j < kDotColumns<T> ? keys - j : kDotColumns<T>;
+      for (int64_t i = j + ahead; i < j + ahead + here; ++i) {
+        if (i < keys) fetch(k + i * p.k.row, p.size);
+        else if (i - keys < keys) fetch(v + (i - keys) * p.v.row, p.value_size);
+      }
       int64_t r = 0;
       const auto dots = [&](auto count) __attribute__((always_inline)) {
         constexpr int MR = decltype(count)::value;
@@ -47,11 +55,15 @@ class FewQueriesWorker {
       dots(Part<1>{});
     }
     for (int64_t r = 0; r < rows; ++r)
-      row(first + r / p.queries, r % p.queries, p.v.at(kv_head, j0), j0, keys, scores_.get() + r * kKeyBlock,
+      row(first + r / p.queries, r % p.queries, v, j0, keys, scores_.get() + r * kKeyBlock,
           {states + r * states_stride});
   }
 
  private:
+  static FASTSEQ_INLINE void fetch(const T* row, int64_t size) {
+    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+  }
+
   void row(int64_t n, int64_t i, const T* v, int64_t j0, int64_t keys, A* s, SoftmaxState<A> state) {
     constexpr int64_t size = V::size;
     const A hidden = -static_cast<A>(__builtin_inf());
@@ -73,6 +85,7 @@ class FewQueriesWorker {
         weighted_sum<NV>(s, mine, v + c, NV * size, state.sums() + c);
     };
     add(Part<8>{});
+    add(Part<4>{});
     add(Part<2>{});
     add(Part<1>{});
     if (c < p_->value_size) weighted_sum<1>(s, mine, v + c, p_->value_size - c, state.sums() + c);
@@ -84,9 +97,11 @@ class FewQueriesWorker {
     V c[NV];
 #pragma GCC unroll 16
     for (int n = 0; n < NV; ++n) c[n] = V(0);
+    const int64_t ahead = kBytesAhead / (p_->value_size * static_cast<int64_t>(sizeof(T))) + 1;
     for (int64_t j = keys.begin; j < keys.end; ++j) {
       const V w = V::broadcast(weights + j);
       const T* const from = v + j * p_->v.row;
+      if (j + ahead < keys.end) fetch(from + ahead * p_->v.row, NV * V::size);
 #pragma GCC unroll 16
       for (int n = 0; n < NV; ++n) c[n] = fma(w, NV > 1 ? V::load(from + n * V::size) : V::load(from, valid), c[n]);
     }

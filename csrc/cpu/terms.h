@@ -98,9 +98,8 @@ FASTSEQ_INLINE void store_rounded(Vec<float> v, bfloat16* to) {
 }
 // Pairs, so rounded, of the same lane of two vectors.
 FASTSEQ_INLINE Vec<float> pairs_of(Vec<float> first, Vec<float> second) {
-  using Traits = VecTraits<float>;
   const auto lanes = [](Vec<float> v) __attribute__((always_inline)) {
-    return __builtin_convertvector((Traits::halves)_mm512_cvtneps_pbh((__m512)v.v), Traits::unsigned_bits);
+    return Vec<float>::widened((VecTraits<float>::halves)_mm512_cvtneps_pbh((__m512)v.v));
   };
   return (Vec<float>::Native)(lanes(first) | lanes(second) << 16);
 }

@@ -99,11 +99,24 @@ struct Vec {
   }
 #endif
 
+  // In 32-bit lanes; compilers' own conversion of vectors takes halves of them.
+  template <class Halves>
+  FASTSEQ_INLINE static auto widened(Halves halves) {
+    using Unsigned = typename VecTraits<T>::unsigned_bits;
+#if defined(__AVX512F__)
+    return (Unsigned)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
+#elif defined(__AVX2__)
+    return (Unsigned)_mm256_cvtepu16_epi32((__m128i)halves);
+#else
+    return __builtin_convertvector(halves, Unsigned);
+#endif
+  }
+
   // Numbers stored as bfloat16; rounded to nearest, ties to even, when stored. T is float.
   FASTSEQ_INLINE static Vec load(const bfloat16* p) {
     typename VecTraits<T>::halves halves;
     __builtin_memcpy(&halves, p, sizeof halves);
-    return (Native)(__builtin_convertvector(halves, Bits) << 16);
+    return (Native)(widened(halves) << 16);
   }
   FASTSEQ_INLINE void store(bfloat16* p) const {
     using Unsigned = typename VecTraits<T>::unsigned_bits;
@@ -112,14 +125,23 @@ struct Vec {
     const Unsigned nan = (Unsigned)((bits & 0x7fffffff) > 0x7f800000);
     const Unsigned rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Unsigned kept = (nan & ((bits >> 16) | 0x40)) | (~nan & rounded);
+#if defined(__AVX512F__)
+    const auto halves = _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)kept);
+#else
     const auto halves = __builtin_convertvector(kept, typename VecTraits<T>::halves);
+#endif
     __builtin_memcpy(p, &halves, sizeof halves);
   }
   FASTSEQ_INLINE static Vec load(const bfloat16* p, int64_t n) {
     if (n >= size) return load(p);
+#if defined(__AVX512F__)
+    const auto halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_lanes(n)), p);
+    return (Native)(widened((typename VecTraits<T>::halves)halves) << 16);
+#else
     bfloat16 lanes[size] = {};
     for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
     return load(lanes);
+#endif
   }
   FASTSEQ_INLINE void store(bfloat16* p, int64_t n) const {
     if (n >= size) return store(p);
