@@ -143,7 +143,7 @@ void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t size, Factor
         for (int v = 0; v < NV; ++v) {
           const T* const at = from + i * stride + j + v * V::size;
           const int64_t valid = size - j - v * V::size;
-          pairs_of(V::load(at, valid), i + 1 < rows ? V::load(at + stride, valid) : V(0))
+          pairs_at(at, at + (i + 1 < rows ? stride : 0), valid, i + 1 < rows ? valid : 0)
               .store(reinterpret_cast<float*>(group + (i * NV + 2 * v) * V::size));
         }
     } else if (j + NV * V::size <= size) {

@@ -73,6 +73,23 @@ void pack_a(const Matrix<T>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_
     }
   };
   const int64_t steps = (k_size + count - 1) / count;
+  if constexpr (count == 2 && sizeof(Left) == sizeof(T)) {
+    if (a.column != 1) {
+      // The pairs of a step side by side first.
+      using V = Vec<Compute<T>>;
+      alignas(64) Left pairs[(kGemmRows + V::size) * count];
+      for (int64_t s = 0; s < steps; ++s) {
+        const T* const from = a.data + i0 + (k0 + s * count) * a.column;
+        const bool two = s * count + 1 < k_size;
+        for (int64_t r = 0; r < rows; r += V::size)
+          pairs_at(from + r, from + (two ? a.column : 0) + r, rows - r, two ? rows - r : 0)
+              .store(reinterpret_cast<Compute<T>*>(pairs + r * count));
+        for (int64_t i = 0; i < rows; i += MR)
+          memcpy(to + (i * steps + s * MR) * count, pairs + i * count, MR * count * sizeof(Left));
+      }
+      return;
+    }
+  }
   for (int64_t i = 0; i < rows; i += MR, to += steps * MR * count) {
     const T* from = a.data + (i0 + i) * a.row + k0 * a.column;
     const int64_t here = rows - i < MR ? rows - i : MR;

@@ -8,6 +8,8 @@
 
 constexpr int64_t kChain = 128;
 constexpr int64_t kRowBlock = 64;  // rows that share one pass over a panel; bounds the scratch
+// Rows of a step that are worth a copy without gaps for all panels, where a panel product would not copy them anyway.
+constexpr int64_t kRowsToGather = 32;
 
 // Register tiles: rows MR by NV vectors, MR*NV accumulators plus the operands within the register file.
 #if FASTSEQ_VECTOR_BYTES == 64 || defined(__aarch64__)  // 32 registers
@@ -111,11 +113,10 @@ void pack_straight(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j,
     } else if constexpr (count == 1) {
       __builtin_memcpy(to, from, Shape::units * sizeof(T));  // of a size known here: no call
     } else {
-#pragma GCC unroll 64
-      for (int u = 0; u < Shape::units; ++u) {
-        to[2 * u] = from[u];
-        to[2 * u + 1] = from[ld + u];
-      }
+      using V = typename Shape::V;
+#pragma GCC unroll 4
+      for (int u = 0; u < Shape::units; u += V::size)
+        pairs_at(from + u, from + ld + u, V::size, V::size).store(reinterpret_cast<float*>(to + 2 * u));
     }
   }
 }
@@ -196,11 +197,30 @@ FASTSEQ_INLINE void tile_remainder(int64_t rows, const typename Terms<T>::Left* 
   }
 }
 
+template <class T>
+constexpr int64_t whole_steps_of(int64_t k) {
+  return (k + Terms<T>::count - 1) / Terms<T>::count * Terms<T>::count;
+}
+
+// The chains of a's columns, one after another, each [rows][whole steps]: for many panels to read them without gaps, as
+// rows a power of two apart share a few sets of the cache.
+template <class T>
+void gather_rows(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
+                 typename Terms<T>::Left* to) {
+  for (int p = 0; p < pieces_n; ++p)
+    for (int64_t k0 = 0; k0 < pieces[p].size; k0 += kChain) {
+      const int64_t k_size = pieces[p].size - k0 < kChain ? pieces[p].size - k0 : kChain;
+      for (int64_t r = 0; r < rows; ++r, to += whole_steps_of<T>(k_size))
+        to_left(a + r * lda + pieces[p].column + k0, k_size, to);
+    }
+}
+
 // sums[rows][NB][NV*V] = a . panels, rows <= kRowBlock. a's columns come in pieces that follow one another in the
-// panel.
+// panel. gathered: the rows once more, from gather_rows, or null.
 template <int NV, int NB, class T>
 void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, const T* panel,
-                   int64_t panel_step, int64_t panel_stride, Compute<T>* sums) {
+                   int64_t panel_step, int64_t panel_stride, Compute<T>* sums,
+                   const typename Terms<T>::Left* gathered = nullptr) {
   using Left = typename Terms<T>::Left;
   constexpr int width = NV * Vec<Compute<T>>::size, count = Terms<T>::count;
   constexpr int MR = tile_rows(NV);
@@ -214,7 +234,10 @@ void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, 
       const T* from = a + pieces[p].column + k0;
       const Left* columns = memory;
       int64_t ld = kChain;
-      if constexpr (copies) {
+      if (gathered) {
+        columns = gathered, ld = whole_steps_of<T>(k_size);
+        gathered += rows * ld;
+      } else if constexpr (copies) {
         for (int64_t r = 0; r < rows; ++r) to_left(from + r * lda, k_size, memory + r * kChain);
       } else {
         columns = from, ld = lda;

@@ -51,12 +51,20 @@ class StepWeights {
         for (int i = 0; i < NB; ++i) use(j + i, sums + i * Shape::width, NB * Shape::width);
       }
     }
+    Workspace<typename Terms<T>::Left> memory;
+    typename Terms<T>::Left* gathered = nullptr;
+    if (rows >= (Terms<T>::count > 1 ? 2 : kRowsToGather) && j < blocks.end) {
+      int64_t k = 0;
+      for (int p = 0; p < pieces_n; ++p) k += whole_steps_of<T>(pieces[p].size);
+      gathered = memory.allocate(rows * k);
+      if (gathered) gather_rows(a, lda, rows, pieces, pieces_n, gathered);
+    }
     for (; j < blocks.end; ++j) {
       if (kTransposed && j < first_packed_) {
         direct_product<Gates>(a + pieces[0].column, lda, rows, w_, ld_, n_, pieces[0].size, j, sums);
       } else {
         const Panel panel = panel_of(j);
-        panel_product<NV, 1>(a, lda, rows, pieces, pieces_n, panel.data, panel.step, 0, sums);
+        panel_product<NV, 1>(a, lda, rows, pieces, pieces_n, panel.data, panel.step, 0, sums, gathered);
       }
       use(j, sums, Shape::width);
     }

@@ -90,6 +90,13 @@ struct Terms<bfloat16> {
   }
 };
 
+// Pairs of the same number of two rows, of which so many are there.
+FASTSEQ_INLINE Vec<float> pairs_at(const bfloat16* first, const bfloat16* second, int64_t valid, int64_t second_valid) {
+  using Bits = VecTraits<float>::unsigned_bits;
+  const Bits low = (Bits)Vec<float>::load(first, valid).v, high = (Bits)Vec<float>::load(second, second_valid).v;
+  return (Vec<float>::Native)(low >> 16 | high);
+}
+
 #if defined(__AVX512BF16__)
 // Rounded to nearest, ties to even; denormals become zero, as in a product of pairs.
 FASTSEQ_INLINE void store_rounded(Vec<float> v, bfloat16* to) {
