@@ -191,7 +191,7 @@ void gemm_few_rows(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>
   if (weights.panels()) weights.pack(0);
   const KPiece all[1] = {{0, k}};
   parallel(m * n * k >= kGemmToShare ? threads : 1, [&](int member, int team) {
-    weights.for_each_block(a.data, a.row, m, all, 1, part(weights.blocks(), member, team),
+    weights.for_each_block(a.data, a.row, m, all, 1, part(weights.blocks(), member, team), false,
                            [&](int64_t block, const T* sums, int64_t ld_sums) {
                              for (int64_t i = 0; i < m; ++i)
                                for (int u = 0; u < Shape::unit_vectors; ++u) {

@@ -209,7 +209,7 @@ class BackwardDirection {
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
       projection_.for_each_block(
-          dh + r0 * hout_, hout_, count, k, 1, units, [&](int64_t block, const A* sums, int64_t ld_sums) {
+          dh + r0 * hout_, hout_, count, k, 1, units, false, [&](int64_t block, const A* sums, int64_t ld_sums) {
             for (int64_t i = 0; i < count; ++i)
               for (int u = 0; u < Shape::unit_vectors; ++u) {
                 const int64_t j = block * Shape::units + u * V::size;
@@ -249,17 +249,17 @@ class BackwardDirection {
     const T* dg = dg_row(p_->schedule.offset(t));
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      hidden_.for_each_block(
-          dg + r0 * ldg_, ldg_, count, runs_, Cell::runs, blocks, [&](int64_t block, const A* sums, int64_t ld_sums) {
-            for (int64_t i = 0; i < count; ++i)
-              for (int u = 0; u < Shape::unit_vectors; ++u) {
-                const int64_t j = block * Shape::units + u * V::size, valid = hout_ - j;
-                if (valid <= 0) break;
-                A* carry = carry_ + (r0 + i) * hout_ + j;
-                const V sum = V::load(sums + i * ld_sums + u * V::size);
-                (V::load(carry, valid) + sum).store(carry, valid);
-              }
-          });
+      hidden_.for_each_block(dg + r0 * ldg_, ldg_, count, runs_, Cell::runs, blocks, t % 2 == 1,
+                             [&](int64_t block, const A* sums, int64_t ld_sums) {
+                               for (int64_t i = 0; i < count; ++i)
+                                 for (int u = 0; u < Shape::unit_vectors; ++u) {
+                                   const int64_t j = block * Shape::units + u * V::size, valid = hout_ - j;
+                                   if (valid <= 0) break;
+                                   A* carry = carry_ + (r0 + i) * hout_ + j;
+                                   const V sum = V::load(sums + i * ld_sums + u * V::size);
+                                   (V::load(carry, valid) + sum).store(carry, valid);
+                                 }
+                             });
     }
   }
 

@@ -175,15 +175,16 @@ class ForwardDirection {
     const KPiece k[1] = {{0, I}};
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      input_.for_each_block(p_->x + r0 * I, I, count, k, 1, units, [&](int64_t block, const A* sums, int64_t ld_sums) {
-        const int64_t j = block * Hidden::units;
-        const int64_t valid = H_ - j < Hidden::units ? H_ - j : Hidden::units;
-        for (int64_t i = 0; i < count; ++i)
-          for (int g = 0; g < Cell::gates; ++g)
-            for (int64_t u = 0; u < valid; u += V::size)
-              V::load(sums + i * ld_sums + g * Hidden::units + u)
-                  .store(gx_rows_ + (r0 + i) * gx_ld_ + g * H_ + j + u, valid - u);
-      });
+      input_.for_each_block(
+          p_->x + r0 * I, I, count, k, 1, units, false, [&](int64_t block, const A* sums, int64_t ld_sums) {
+            const int64_t j = block * Hidden::units;
+            const int64_t valid = H_ - j < Hidden::units ? H_ - j : Hidden::units;
+            for (int64_t i = 0; i < count; ++i)
+              for (int g = 0; g < Cell::gates; ++g)
+                for (int64_t u = 0; u < valid; u += V::size)
+                  V::load(sums + i * ld_sums + g * Hidden::units + u)
+                      .store(gx_rows_ + (r0 + i) * gx_ld_ + g * H_ + j + u, valid - u);
+          });
     }
   }
 
@@ -196,7 +197,7 @@ class ForwardDirection {
     for (int64_t r0 = piece.rows.begin; r0 < piece.rows.end; r0 += kRowBlock) {
       const int64_t rows = piece.rows.end - r0 < kRowBlock ? piece.rows.end - r0 : kRowBlock;
       hidden_.for_each_block(
-          h_prev + r0 * ldh, ldh, rows, k, 1, units, [&](int64_t block, const A* sums, int64_t ld_sums) {
+          h_prev + r0 * ldh, ldh, rows, k, 1, units, t % 2 == 1, [&](int64_t block, const A* sums, int64_t ld_sums) {
             for (int64_t i = 0; i < rows; ++i) {
               const int64_t r = r0 + i;
               for (int u = 0; u < Hidden::unit_vectors; ++u) {
@@ -249,7 +250,8 @@ class ForwardDirection {
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
       projection_.for_each_block(
-          emitted_row(n0 + r0, r0), H_, count, k, 1, blocks, [&](int64_t block, const A* sums, int64_t ld_sums) {
+          emitted_row(n0 + r0, r0), H_, count, k, 1, blocks, t % 2 == 1,
+          [&](int64_t block, const A* sums, int64_t ld_sums) {
             for (int64_t i = 0; i < count; ++i)
               for (int u = 0; u < Projection::unit_vectors; ++u) {
                 const int64_t j = block * Projection::units + u * V::size;

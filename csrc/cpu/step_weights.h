@@ -36,30 +36,41 @@ class StepWeights {
   }
 
   // For every block of units in [block0, block1): rows of a (<= kRowBlock) times its weights, handed to
-  // use(block, rows' sums, numbers between two rows' sums). The pieces of a's columns follow one another in K.
+  // use(block, rows' sums, numbers between two rows' sums). The pieces of a's columns follow one another in K. What
+  // comes again every step is best read to and fro: a cache that does not hold all of it holds the end of the last
+  // step.
   template <class Use>
   FASTSEQ_INLINE void for_each_block(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
-                                     Range blocks, const Use& use) const {
+                                     Range blocks, bool backwards, const Use& use) const {
     constexpr int NV = Shape::vectors;
     constexpr int NB = 8 / NV;  // panels side by side for a single row
     alignas(64) Compute<T> sums[kRowBlock * Shape::width];
-    int64_t j = blocks.begin;
-    if (rows == 1 && NB > 1) {
-      for (; j + NB <= blocks.end && (j >= first_packed_ || (!kTransposed && j + NB <= first_packed_)); j += NB) {
-        const Panel panel = panel_of(j);
-        panel_product<NV, NB>(a, lda, 1, pieces, pieces_n, panel.data, panel.step, panel.block, sums);
-        for (int i = 0; i < NB; ++i) use(j + i, sums + i * Shape::width, NB * Shape::width);
-      }
-    }
+    const int64_t all = blocks.end - blocks.begin;
+    // Groups of panels that lie alike, and then the others.
+    const int64_t alike =
+        blocks.begin >= first_packed_                 ? all
+        : !kTransposed && first_packed_ <= blocks.end ? first_packed_ - blocks.begin
+        : !kTransposed                                ? all
+                                                      : 0;
+    const int64_t groups = rows == 1 && NB > 1 ? alike / NB : 0, pieces_of_work = groups + all - groups * NB;
     Workspace<typename Terms<T>::Left> memory;
     typename Terms<T>::Left* gathered = nullptr;
-    if (rows >= (Terms<T>::count > 1 ? 2 : kRowsToGather) && j < blocks.end) {
+    if (rows >= (Terms<T>::count > 1 ? 2 : kRowsToGather) && all > 0) {
       int64_t k = 0;
       for (int p = 0; p < pieces_n; ++p) k += whole_steps_of<T>(pieces[p].size);
       gathered = memory.allocate(rows * k);
       if (gathered) gather_rows(a, lda, rows, pieces, pieces_n, gathered);
     }
-    for (; j < blocks.end; ++j) {
+    for (int64_t n = 0; n < pieces_of_work; ++n) {
+      const int64_t i = backwards ? pieces_of_work - 1 - n : n;
+      if (i < groups) {
+        const int64_t j = blocks.begin + i * NB;
+        const Panel panel = panel_of(j);
+        panel_product<NV, NB>(a, lda, 1, pieces, pieces_n, panel.data, panel.step, panel.block, sums);
+        for (int b = 0; b < NB; ++b) use(j + b, sums + b * Shape::width, NB * Shape::width);
+        continue;
+      }
+      const int64_t j = blocks.begin + groups * NB + i - groups;
       if (kTransposed && j < first_packed_) {
         direct_product<Gates>(a + pieces[0].column, lda, rows, w_, ld_, n_, pieces[0].size, j, sums);
       } else {
