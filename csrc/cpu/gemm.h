@@ -112,12 +112,12 @@ void pack_a(const Matrix<T>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_
   }
 }
 
-// c[MR][columns] (+)= a . panel; columns may be fewer than the panel's.
-template <int MR, int NV, class T>
+// c[MR][columns] (+)= a . the first NV vectors of the panel's PV; columns may be fewer.
+template <int MR, int NV, int PV, class T>
 FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step, const T* panel,
                               int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns, bool accumulate) {
   using V = Vec<Compute<T>>;
-  constexpr int width = NV * V::size, count = Terms<T>::count;
+  constexpr int width = NV * V::size, panel_width = PV * V::size, count = Terms<T>::count;
   alignas(64) Compute<T> sums[MR * width];
   Compute<T>* to = c;
   int64_t ld = ldc;
@@ -130,20 +130,20 @@ FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, i
   if (accumulate)  // what is added to comes from far away, in time for the end of the first chain
     for (int i = 0; i < MR; ++i) __builtin_prefetch(to + i * ld, 1);
   for (int64_t k = 0; k < k_size; k += kChain)
-    tile<MR, NV, 1, T>(a + k / count * a_step, a_row, a_step, panel + k * width, width * count, 0,
+    tile<MR, NV, 1, T>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count, 0,
                        k_size - k < kChain ? k_size - k : kChain, to, ld, accumulate || k > 0);
   if (columns < width)
     for (int i = 0; i < MR * NV; ++i)
       V::load(sums + i * V::size).store(c + i / NV * ldc + i % NV * V::size, columns - i % NV * V::size);
 }
 
-template <int MR, int NV, class T>
+template <int MR, int NV, int PV, class T>
 FASTSEQ_INLINE void gemm_tile_remainder(int64_t rows, const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step,
                                         const T* panel, int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns,
                                         bool accumulate) {
   if constexpr (MR > 0) {
-    if (rows == MR) return gemm_tile<MR, NV, T>(a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate);
-    gemm_tile_remainder<MR - 1, NV, T>(rows, a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate);
+    if (rows == MR) return gemm_tile<MR, NV, PV, T>(a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate);
+    gemm_tile_remainder<MR - 1, NV, PV, T>(rows, a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate);
   }
 }
 
@@ -164,18 +164,21 @@ void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, cons
       const T* panel = panels + j * panel_stride;
       Compute<T>* to = c + i0 * ldc + j * Shape::width;
       const int64_t valid = n - j * Shape::width;
-      for (int64_t i = 0; i < here; i += MR) {
-        const typename Terms<T>::Left* from = a_memory + i * steps * count;
-        if constexpr (count == 1) {
-          if (!packed) from = a.data + (i0 + i) * a.row + k0;
+      for_vectors_of<NV, Vec<Compute<T>>>(valid, [&](auto part) __attribute__((always_inline)) {
+        constexpr int vectors = decltype(part)::value;
+        for (int64_t i = 0; i < here; i += MR) {
+          const typename Terms<T>::Left* from = a_memory + i * steps * count;
+          if constexpr (count == 1) {
+            if (!packed) from = a.data + (i0 + i) * a.row + k0;
+          }
+          if (here - i >= MR) {
+            gemm_tile<MR, vectors, NV, T>(from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate);
+          } else {
+            gemm_tile_remainder<MR - 1, vectors, NV, T>(
+                here - i, from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate);
+          }
         }
-        if (here - i >= MR) {
-          gemm_tile<MR, NV, T>(from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate);
-        } else {
-          gemm_tile_remainder<MR - 1, NV, T>(
-              here - i, from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate);
-        }
-      }
+      });
     }
   }
 }

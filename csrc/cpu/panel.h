@@ -188,13 +188,21 @@ struct KPiece {
 
 template <int MR, int NV, class T>
 FASTSEQ_INLINE void tile_remainder(int64_t rows, const typename Terms<T>::Left* a, int64_t lda, const T* panel,
-                                   int64_t panel_step, int64_t k_size, Compute<T>* sums, bool accumulate) {
+                                   int64_t panel_step, int64_t k_size, Compute<T>* sums, int64_t ld_sums,
+                                   bool accumulate) {
   if constexpr (MR > 0) {
     if (rows == MR)
-      return tile<MR, NV, 1, T>(
-          a, lda, Terms<T>::count, panel, panel_step, 0, k_size, sums, NV * Vec<Compute<T>>::size, accumulate);
-    tile_remainder<MR - 1, NV, T>(rows, a, lda, panel, panel_step, k_size, sums, accumulate);
+      return tile<MR, NV, 1, T>(a, lda, Terms<T>::count, panel, panel_step, 0, k_size, sums, ld_sums, accumulate);
+    tile_remainder<MR - 1, NV, T>(rows, a, lda, panel, panel_step, k_size, sums, ld_sums, accumulate);
   }
+}
+
+// use(the vectors that hold so many numbers, at most NV).
+template <int NV, class V, class Use>
+FASTSEQ_INLINE void for_vectors_of(int64_t numbers, const Use& use) {
+  if constexpr (NV > 1)
+    if (numbers <= (NV - 1) * V::size) return for_vectors_of<NV - 1, V>(numbers, use);
+  use(Part<NV>{});
 }
 
 template <class T>
@@ -216,13 +224,13 @@ void gather_rows(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, in
 }
 
 // sums[rows][NB][NV*V] = a . panels, rows <= kRowBlock. a's columns come in pieces that follow one another in the
-// panel. gathered: the rows once more, from gather_rows, or null.
-template <int NV, int NB, class T>
+// panel. gathered: the rows once more, from gather_rows, or null. Of a panel's PV vectors the first NV are computed.
+template <int NV, int NB, int PV, class T>
 void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, const T* panel,
                    int64_t panel_step, int64_t panel_stride, Compute<T>* sums,
                    const typename Terms<T>::Left* gathered = nullptr) {
   using Left = typename Terms<T>::Left;
-  constexpr int width = NV * Vec<Compute<T>>::size, count = Terms<T>::count;
+  constexpr int width = PV * Vec<Compute<T>>::size, count = Terms<T>::count;
   constexpr int MR = tile_rows(NV);
   static_assert(kChain % count == 0, "a chain has whole steps");
   constexpr bool copies = count > 1;  // rows may be odd, and Left may be another type
@@ -250,7 +258,7 @@ void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, 
           tile<MR, NV, 1, T>(
               columns + r * ld, ld, count, panel, panel_step, 0, k_size, sums + r * width, width, accumulate);
         tile_remainder<MR - 1, NV, T>(
-            rows - r, columns + r * ld, ld, panel, panel_step, k_size, sums + r * width, accumulate);
+            rows - r, columns + r * ld, ld, panel, panel_step, k_size, sums + r * width, width, accumulate);
       }
       accumulate = true;
       panel += k_size / count * panel_step;

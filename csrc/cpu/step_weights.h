@@ -66,7 +66,7 @@ class StepWeights {
       if (i < groups) {
         const int64_t j = blocks.begin + i * NB;
         const Panel panel = panel_of(j);
-        panel_product<NV, NB>(a, lda, 1, pieces, pieces_n, panel.data, panel.step, panel.block, sums);
+        panel_product<NV, NB, NV>(a, lda, 1, pieces, pieces_n, panel.data, panel.step, panel.block, sums);
         for (int b = 0; b < NB; ++b) use(j + b, sums + b * Shape::width, NB * Shape::width);
         continue;
       }
@@ -75,7 +75,15 @@ class StepWeights {
         direct_product<Gates>(a + pieces[0].column, lda, rows, w_, ld_, n_, pieces[0].size, j, sums);
       } else {
         const Panel panel = panel_of(j);
-        panel_product<NV, 1>(a, lda, rows, pieces, pieces_n, panel.data, panel.step, 0, sums, gathered);
+        const auto product = [&](auto part) __attribute__((always_inline)) {
+          constexpr int vectors = decltype(part)::value;
+          panel_product<vectors, 1, NV>(a, lda, rows, pieces, pieces_n, panel.data, panel.step, 0, sums, gathered);
+        };
+        if constexpr (Gates == 1) {
+          for_vectors_of<NV, typename Shape::V>(n_ - j * Shape::units, product);
+        } else {
+          product(Part<NV>{});
+        }
       }
       use(j, sums, Shape::width);
     }
