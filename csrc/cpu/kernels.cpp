@@ -71,9 +71,7 @@ constexpr TypedKernels<T> typed_kernels() {
 #define X(name, type) rnn_pack<type, T>,
       {FASTSEQ_FOR_EACH_CELL(X)},
 #undef X
-      attention_forward<T>,
-      attention_backward<T>,
-      attention_mask_backward<T>,
+      attention_forward<T>,       attention_backward<T>, attention_mask_backward<T>,
   };
 }
 template <class T>

@@ -45,10 +45,10 @@ const Shape kShapes[] = {
     {20, 7, 64, 15, 0, 2, true, true, true},
     {12, 70, 5, 64, 15, 1, false, true, true},
     {12, 5, 20, 131, 130, 2, true, true, true},  // units shared in two directions, an odd tail
-    {8, 150, 2, 17, 0, 1, false, false, true},  // more than two blocks of rows
-    {3, 1100, 2, 31, 0, 1, true, true, true},   // rows shared where steps are GEMM calls
-    {0, 3, 2, 5, 0, 2, false, true, true},      // no steps
-    {9, 4, 0, 5, 0, 2, false, true, true},      // no input features
+    {8, 150, 2, 17, 0, 1, false, false, true},   // more than two blocks of rows
+    {3, 1100, 2, 31, 0, 1, true, true, true},    // rows shared where steps are GEMM calls
+    {0, 3, 2, 5, 0, 2, false, true, true},       // no steps
+    {9, 4, 0, 5, 0, 2, false, true, true},       // no input features
 };
 
 // Bounds on |error|, in the type's epsilon, relative to the largest number of the tensor; several times what was seen.
