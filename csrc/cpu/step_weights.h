@@ -55,7 +55,8 @@ class StepWeights {
     const int64_t groups = rows == 1 && NB > 1 ? alike / NB : 0, pieces_of_work = groups + all - groups * NB;
     Workspace<typename Terms<T>::Left> memory;
     typename Terms<T>::Left* gathered = nullptr;
-    if (rows >= (Terms<T>::count > 1 ? 2 : kRowsToGather) && all > 0) {
+    const bool direct = kTransposed && blocks.end <= first_packed_;
+    if (rows >= (Terms<T>::count > 1 ? 2 : kRowsToGather) && all > 0 && !direct) {
       int64_t k = 0;
       for (int p = 0; p < pieces_n; ++p) k += whole_steps_of<T>(pieces[p].size);
       gathered = memory.allocate(rows * k);
