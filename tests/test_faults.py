@@ -63,8 +63,13 @@ FAULTS = {
     "gemm: nobody waits for the others' panels": (GEMM, "if (share_rows) barrier.wait(team);", ""),
     "bfloat16: the second number of a pair is the first": (
         PANEL,
-        "to[2 * u + 1] = from[ld + u];",
-        "to[2 * u + 1] = from[u];",
+        "pairs_at(from + u, from + ld + u, V::size, V::size)",
+        "pairs_at(from + u, from + u, V::size, V::size)",
+    ),
+    "products: the last vector of the last panel is not computed": (
+        PANEL,
+        "if (numbers <= (NV - 1) * V::size)",
+        "if (numbers <= NV * V::size)",
     ),
     "attention: what was summed before a larger score is not rescaled": (
         ATTENTION_FORWARD,
