@@ -80,11 +80,6 @@ template <class T>
 using Factor = Compute<T>;
 #endif
 
-// Terms of a sum in whole steps.
-template <class F>
-constexpr int64_t whole_steps(int64_t terms) {
-  return (terms + Terms<F>::count - 1) / Terms<F>::count * Terms<F>::count;
-}
 template <class F>
 constexpr Range whole_steps(Range terms) {
   return {terms.begin / Terms<F>::count * Terms<F>::count, whole_steps<F>(terms.end)};

@@ -205,8 +205,9 @@ FASTSEQ_INLINE void for_vectors_of(int64_t numbers, const Use& use) {
   use(Part<NV>{});
 }
 
+// Terms of a sum in whole steps.
 template <class T>
-constexpr int64_t whole_steps_of(int64_t k) {
+constexpr int64_t whole_steps(int64_t k) {
   return (k + Terms<T>::count - 1) / Terms<T>::count * Terms<T>::count;
 }
 
@@ -218,7 +219,7 @@ void gather_rows(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, in
   for (int p = 0; p < pieces_n; ++p)
     for (int64_t k0 = 0; k0 < pieces[p].size; k0 += kChain) {
       const int64_t k_size = pieces[p].size - k0 < kChain ? pieces[p].size - k0 : kChain;
-      for (int64_t r = 0; r < rows; ++r, to += whole_steps_of<T>(k_size))
+      for (int64_t r = 0; r < rows; ++r, to += whole_steps<T>(k_size))
         to_left(a + r * lda + pieces[p].column + k0, k_size, to);
     }
 }
@@ -243,7 +244,7 @@ void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, 
       const Left* columns = memory;
       int64_t ld = kChain;
       if (gathered) {
-        columns = gathered, ld = whole_steps_of<T>(k_size);
+        columns = gathered, ld = whole_steps<T>(k_size);
         gathered += rows * ld;
       } else if constexpr (copies) {
         for (int64_t r = 0; r < rows; ++r) to_left(from + r * lda, k_size, memory + r * kChain);

@@ -58,7 +58,7 @@ class StepWeights {
     const bool direct = kTransposed && blocks.end <= first_packed_;
     if (rows >= (Terms<T>::count > 1 ? 2 : kRowsToGather) && all > 0 && !direct) {
       int64_t k = 0;
-      for (int p = 0; p < pieces_n; ++p) k += whole_steps_of<T>(pieces[p].size);
+      for (int p = 0; p < pieces_n; ++p) k += whole_steps<T>(pieces[p].size);
       gathered = memory.allocate(rows * k);
       if (gathered) gather_rows(a, lda, rows, pieces, pieces_n, gathered);
     }
