@@ -40,7 +40,8 @@ class ScoreGradients {
     k_packed_.allocate(kGradientKeys * whole_vectors<T>(p.size));
     q_packed_.allocate(kGradientQueries * whole_vectors<T>(p.size));
     d_out_packed_.allocate(kGradientQueries * whole_vectors<T>(p.value_size));
-    memory_.allocate(kGradientQueries * whole_steps<F>(most));
+    if (FactorRows<T>::copies(p.size) || FactorRows<T>::copies(p.value_size))
+      memory_.allocate(kGradientQueries * whole_steps<F>(most));
     if (sizeof(T) != sizeof(F)) scratch_.allocate(Shape::panel_numbers(most));
     if (joins_rows_) gradient_rows_.allocate(kGradientQueries * ld_);
     if (through_cap_) cap_derivative_.allocate(kGradientKeys);

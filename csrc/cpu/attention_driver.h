@@ -181,9 +181,11 @@ struct FactorRows {
   const F* data;
   int64_t row;
 
+  static bool copies(int64_t size) { return sizeof(T) != sizeof(F) || size % Terms<F>::count != 0; }
+
   FactorRows(const T* from, int64_t stride, int64_t rows, int64_t size, F* memory) {
     if constexpr (sizeof(T) == sizeof(F)) {
-      if (size % Terms<F>::count == 0) {
+      if (!copies(size)) {
         data = from, row = stride;
         return;
       }

@@ -36,7 +36,7 @@ class AttentionForwardWorker {
     largest_.allocate(kQueryBlock), total_.allocate(kQueryBlock);
     values_.allocate(whole_steps<F>(p.keys) * columns_);
     if (p.dropout.threshold) multipliers_.allocate(kKeyBlock);
-    queries_.allocate(kQueryBlock * whole_steps<F>(p.size));
+    if (FactorRows<T>::copies(p.size)) queries_.allocate(kQueryBlock * whole_steps<F>(p.size));
     if (sizeof(T) != sizeof(F)) scratch_.allocate(Shape::panel_numbers(p.size));
   }
 
