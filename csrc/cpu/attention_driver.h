@@ -80,8 +80,10 @@ template <class T>
 using Factor = Compute<T>;
 #endif
 
+// The whole steps that hold some terms: none where there are none, as nobody has prepared what those would read.
 template <class F>
 constexpr Range whole_steps(Range terms) {
+  if (terms.begin >= terms.end) return {terms.begin, terms.begin};
   return {terms.begin / Terms<F>::count * Terms<F>::count, whole_steps<F>(terms.end)};
 }
 
@@ -107,7 +109,7 @@ void score_product(const F* a, int64_t a_row, int64_t rows, int64_t size, const 
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const int64_t here = rows - m < kTileRows ? rows - m : kTileRows;
       const Range needed = columns_of(m, m + here);
-      if (needed.end <= j || needed.begin >= j + Shape::width) continue;
+      if (needed.begin >= needed.end || needed.end <= j || needed.begin >= j + Shape::width) continue;
       score_tile<Shape::vectors, kTileRows, F>(
           here, a + m * a_row, a_row, Terms<F>::count, panels, Shape::step, {0, size}, c + m * ldc + j, ldc, false);
     }

@@ -68,7 +68,8 @@ class AttentionForwardWorker {
     for (int64_t r = 0; r < rows; ++r) largest_.get()[r] = -static_cast<A>(__builtin_inf()), total_.get()[r] = 0;
     memset(sums_.get(), 0, rows * columns_ * sizeof(A));
     const Range keys = visible_.of_rows(i0, i1);
-    for (int64_t j0 = keys.begin / kKeyBlock * kKeyBlock; j0 < keys.end; j0 += kKeyBlock) {
+    const int64_t first = keys.begin < keys.end ? keys.begin / kKeyBlock * kKeyBlock : keys.end;
+    for (int64_t j0 = first; j0 < keys.end; j0 += kKeyBlock) {
       const int64_t here = keys_of_block(j0);
       const auto seen = [&](int64_t m0, int64_t m1) { return visible_.in_block(i0 + m0, i0 + m1, j0, here); };
       score_product(q.data, q.row, rows, p_->size, panels_.get() + j0 / Shape::width * Shape::panel_numbers(p_->size),

@@ -1,8 +1,10 @@
 #include "memory.h"
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 
@@ -52,9 +54,9 @@ struct IdleBlocks {
 
 constexpr std::chrono::milliseconds kPatience(100);  // others hold it for microseconds
 
-}  // namespace
+std::atomic<bool> poisoned(false);
 
-Block take_block(std::size_t bytes) {
+Block find_block(std::size_t bytes) {
   if (bytes > PTRDIFF_MAX) throw std::bad_alloc();
   // Up to an eighth more, so that batches of about the same length find one another's blocks.
   std::size_t unit = 64;
@@ -73,6 +75,14 @@ Block take_block(std::size_t bytes) {
   if (!data) throw std::bad_alloc();
   advise_huge_pages(data, bytes);
   return {data, bytes};
+}
+
+}  // namespace
+
+Block take_block(std::size_t bytes) {
+  const Block block = find_block(bytes);
+  if (poisoned.load(std::memory_order_relaxed)) std::memset(block.data, 0xff, block.bytes);
+  return block;
 }
 
 void give_block(Block block) {
@@ -95,5 +105,7 @@ void release_kept_blocks() {
   const std::unique_lock<std::timed_mutex> lock(idle.mutex, kPatience);
   while (lock && idle.count > 0) std::free(idle.remove(0).data);
 }
+
+void poison_blocks(bool poison) { poisoned.store(poison, std::memory_order_relaxed); }
 
 }  // namespace fastseq::cpu

@@ -26,4 +26,7 @@ void give_block(Block block);
 std::size_t kept_bytes();    // now
 void release_kept_blocks();  // to the system
 
+// For tests: from now on blocks come full of NaN, in every type, so that whoever reads what nobody wrote is seen.
+void poison_blocks(bool poison);
+
 }  // namespace fastseq::cpu

@@ -29,6 +29,8 @@ const AttentionShape kAttentionShapes[] = {
     {1, 1, 1, 0, 5, 3, 2, -kOpen, kOpen, 2},
     {1, 2, 1, 20, 600, 130, 65, -kOpen, 500, 4},
     {1, 1, 1, 30, 40, 3, 2, 100, kOpen, 0},  // nobody sees anything
+    {1, 1, 1, 30, 41, 3, 2, 100, kOpen, 0},  // nor here, where the last of the keys has no neighbour
+    {1, 1, 1, 61, 77, 8, 5, -20, -11, 2},    // the first and the last queries see nothing
     {2, 2, 1, 19, 140, 5, 9, -kOpen, kOpen, 2, kSoftcap},
     {2, 2, 2, 7, 530, 16, 3, -9, 0, 0, kSlopes | kFromEnd},
     {3, 2, 1, 40, 300, 8, 12, -kOpen, 0, 0, kDropout | kLengths | kFromEnd},

@@ -3,6 +3,7 @@
 //
 //   fastseq_kernel_tests [--quick]      --quick: fewer sizes, for emulators and checkers
 //   FASTSEQ_ISA=name                    only that instruction set
+#include <cmath>
 #include <cstdlib>
 #include <exception>
 
@@ -419,6 +420,12 @@ void check_memory(Report& report) {
     cpu::give_block(small);
     cpu::give_block(other);
   }
+  cpu::poison_blocks(true);
+  const cpu::Block full = cpu::take_block(kMiB);
+  report.check(std::isnan(static_cast<float*>(full.data)[kMiB / sizeof(float) - 1]), "poison_blocks",
+               [] { return "expected a block full of NaN"; });
+  cpu::give_block(full);
+  cpu::poison_blocks(false);
   std::vector<cpu::Block> many;
   for (int i = 0; i < 200; ++i) many.push_back(take(kMiB / 2 + i * 4096));
   many.push_back(take(2 * cpu::kKeptBytes));
@@ -435,6 +442,7 @@ int run(bool quick) {
       forced && *forced ? std::vector<std::string>{cpu::kernels().isa} : cpu::available_isas();
   check_dispatch(report);
   check_memory(report);
+  cpu::poison_blocks(true);
   for (const std::string& isa : isas)
     if (const Kernels* kernels = cpu::find_kernels(isa)) check_isa(report, *kernels, quick);
   std::printf(

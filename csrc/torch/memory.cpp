@@ -65,5 +65,6 @@ at::Tensor copy_on_write(const at::Tensor& t) {
 }
 
 void empty_cache() { cpu::release_kept_blocks(); }
+void poison_memory(bool poison) { cpu::poison_blocks(poison); }
 
 }  // namespace fastseq

@@ -16,5 +16,6 @@ at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like);
 at::Tensor copy_on_write(const at::Tensor& t);
 
 FASTSEQ_API void empty_cache();
+FASTSEQ_API void poison_memory(bool poison);
 
 }  // namespace fastseq

@@ -65,6 +65,8 @@ PYBIND11_MODULE(_C, m) {
     reset_direct_calls();
   });
   m.def("empty_cache", &empty_cache, "Gives the memory that kernels keep for their next call back to the system.");
+  m.def("poison_memory", &poison_memory, py::arg("poison"),
+        "For tests: whether the memory that kernels work in comes full of NaN.");
   add_direct_calls(m.ptr());
 
   const auto probe = [](const std::string& function, const auto& x) {
