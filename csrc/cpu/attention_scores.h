@@ -101,7 +101,7 @@ FASTSEQ_INLINE T largest_lane(Vec<T> v, Lanes<lane...> lanes) {
     return v.v[0];
   } else {
     const Vec<T> other = shuffle<((lane ^ D) % Vec<T>::size)...>(v, v);
-    return largest_lane<D / 2>(Vec<T>(other.v > v.v ? other.v : v.v), lanes);
+    return largest_lane<D / 2>(at_least(v, other), lanes);
   }
 }
 template <class T>
@@ -124,10 +124,7 @@ Exponentials<Compute<T>> exponentiate(const Attention<T, Compute<T>>& p, int64_t
   finish_scores(p, n, i, j0, mine, s);
   const A hidden = -static_cast<A>(__builtin_inf());
   V most(hidden);
-  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) {
-    const V x = V::load(s + j);
-    most = x.v > most.v ? x.v : most.v;
-  }
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) most = at_least(most, V::load(s + j));
   const A here = largest_lane(most), largest = here > before ? here : before;
   const V shift(largest == hidden ? A(0) : largest);
   V sum(0);

@@ -224,3 +224,40 @@ FASTSEQ_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return a.v * b.v + c.v;
 #endif
 }
+
+// x, but at least or at most a bound that is no NaN; a NaN passes through.
+template <class T>
+FASTSEQ_INLINE Vec<T> at_least(Vec<T> x, Vec<T> low) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (typename Vec<T>::Native)_mm512_maskz_max_ps(0xffff, (__m512)low.v, (__m512)x.v);
+  else return (typename Vec<T>::Native)_mm512_maskz_max_pd(0xff, (__m512d)low.v, (__m512d)x.v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (typename Vec<T>::Native)_mm256_max_ps((__m256)low.v, (__m256)x.v);
+  else return (typename Vec<T>::Native)_mm256_max_pd((__m256d)low.v, (__m256d)x.v);
+#else
+  return x.v < low.v ? low.v : x.v;
+#endif
+}
+template <class T>
+FASTSEQ_INLINE Vec<T> at_most(Vec<T> x, Vec<T> high) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (typename Vec<T>::Native)_mm512_maskz_min_ps(0xffff, (__m512)high.v, (__m512)x.v);
+  else return (typename Vec<T>::Native)_mm512_maskz_min_pd(0xff, (__m512d)high.v, (__m512d)x.v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (typename Vec<T>::Native)_mm256_min_ps((__m256)high.v, (__m256)x.v);
+  else return (typename Vec<T>::Native)_mm256_min_pd((__m256d)high.v, (__m256d)x.v);
+#else
+  return x.v > high.v ? high.v : x.v;
+#endif
+}
+
+#if defined(__AVX512F__)
+// v 2^n for whole n, rounded once, the ends of the range included.
+FASTSEQ_INLINE Vec<float> times_power_of_two(Vec<float> v, Vec<float> n) {
+  return (Vec<float>::Native)_mm512_maskz_scalef_ps(0xffff, (__m512)v.v, (__m512)n.v);
+}
+FASTSEQ_INLINE Vec<double> times_power_of_two(Vec<double> v, Vec<double> n) {
+  return (Vec<double>::Native)_mm512_maskz_scalef_pd(0xff, (__m512d)v.v, (__m512d)n.v);
+}
+#endif

@@ -24,14 +24,14 @@ struct ExpConstants<double> {
   static constexpr int mantissa = 52, bias = 1023;
 };
 
-// (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2.
+// (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, by pairs of terms (Estrin): a shorter chain, so that more vectors are under
+// way at a time.
 FASTSEQ_INLINE Vec<float> exp_tail(Vec<float> r) {  // minimax, Cephes expf
   using V = Vec<float>;
-  V q = fma(V(1.9875691500e-4f), r, V(1.3981999507e-3f));
-  q = fma(q, r, V(8.3334519073e-3f));
-  q = fma(q, r, V(4.1665795894e-2f));
-  q = fma(q, r, V(1.6666665459e-1f));
-  return fma(q, r, V(5.0000001201e-1f));
+  const V r2 = r * r;
+  const V high = fma(V(1.9875691500e-4f), r, V(1.3981999507e-3f)),
+          low = fma(V(1.6666665459e-1f), r, V(5.0000001201e-1f));
+  return fma(fma(high, r2, fma(V(8.3334519073e-3f), r, V(4.1665795894e-2f))), r2, low);
 }
 FASTSEQ_INLINE Vec<double> exp_tail(Vec<double> r) {  // Taylor: the first term left out is 4e-18
   using V = Vec<double>;
@@ -71,46 +71,75 @@ FASTSEQ_INLINE Vec<T> power_of_two(typename Vec<T>::Bits n) {
   return (typename Vec<T>::Native)((n + C::bias) << C::mantissa);
 }
 
+// The whole number nearest to each lane's, of a size that the mantissa holds: as a number, and as an integer.
+template <class T>
+struct Rounded {
+  Vec<T> number;
+  typename Vec<T>::Bits integer;
+};
+// Of a b, rounded once.
+template <class T>
+FASTSEQ_INLINE Rounded<T> round_product(Vec<T> a, Vec<T> b) {
+  using V = Vec<T>;
+  const V round(ExpConstants<T>::round), shifted = fma(a, b, round);
+  return {shifted - round, (typename V::Bits)shifted.v - (typename V::Bits)round.v};
+}
+
+// v 2^n with v in [1/2, 2], rounded where it is no normal number.
+template <class T>
+FASTSEQ_INLINE Vec<T> scale(Vec<T> v, Rounded<T> n) {
+#if defined(__AVX512F__)
+  return times_power_of_two(v, n.number);
+#else
+  // In two factors: 2^n alone leaves the range before the product does, at both ends.
+  const typename Vec<T>::Bits half = n.integer >> 1;
+  return v * power_of_two<T>(half) * power_of_two<T>(n.integer - half);
+#endif
+}
+// The same for n in the exponent's range.
+template <class T>
+FASTSEQ_INLINE Vec<T> scale_normal(Vec<T> v, Rounded<T> n) {
+#if defined(__AVX512F__)
+  return times_power_of_two(v, n.number);
+#else
+  return v * power_of_two<T>(n.integer);
+#endif
+}
+
 // x -> n and e^r - 1 with e^x = 2^n e^r.
 template <class T>
 struct Reduced {
-  typename Vec<T>::Bits n;
+  Rounded<T> n;
   Vec<T> expm1_r;
 };
 template <class T>
 FASTSEQ_INLINE Reduced<T> reduce(Vec<T> x) {
   using V = Vec<T>;
   using C = ExpConstants<T>;
-  const V shifted = fma(x, V(C::log2e), V(C::round));
-  const V n = shifted - V(C::round);
-  V r = fma(n, V(-C::ln2_hi), x);
-  r = fma(n, V(-C::ln2_lo), r);
-  return {(typename V::Bits)shifted.v - (typename V::Bits)V(C::round).v, fma(r * r, exp_tail(r), r)};
+  const Rounded<T> n = round_product(x, V(C::log2e));
+  V r = fma(n.number, V(-C::ln2_hi), x);
+  r = fma(n.number, V(-C::ln2_lo), r);
+  return {n, fma(r * r, exp_tail(r), r)};
 }
 
+// Of x up to `highest`.
+template <class T>
+FASTSEQ_INLINE Vec<T> exp_below(Vec<T> x) {
+  const Reduced<T> e = reduce(at_least(x, Vec<T>(ExpConstants<T>::lowest)));
+  return scale(Vec<T>(1) + e.expm1_r, e.n);
+}
 template <class T>
 FASTSEQ_INLINE Vec<T> exp(Vec<T> x) {
-  using V = Vec<T>;
-  using C = ExpConstants<T>;
-  const V low(C::lowest), high(C::highest);
-  x = x.v < low.v ? low.v : x.v;  // comparisons with NaN are false: it passes through
-  x = x.v > high.v ? high.v : x.v;
-  const Reduced<T> e = reduce(x);
-  // In two factors: 2^n alone leaves the range before the product does, at both ends.
-  const typename V::Bits half = e.n >> 1;
-  return (V(1) + e.expm1_r) * power_of_two<T>(half) * power_of_two<T>(e.n - half);
+  return exp_below(at_most(x, Vec<T>(ExpConstants<T>::highest)));
 }
 
 // 2^x for x up to 1, as a softmax has it, whose largest is 0: what would be no normal number is 0. NaN stays NaN.
 template <class T>
 FASTSEQ_INLINE Vec<T> exp2_of_score(Vec<T> x) {
   using V = Vec<T>;
-  using C = ExpConstants<T>;
-  const V shifted = x + V(C::round);
-  const V n = shifted - V(C::round);
-  const typename V::Bits exponent = (typename V::Bits)shifted.v - ((typename V::Bits)V(C::round).v - C::bias);
-  const V result = exp2_fraction(x - n) * V((typename V::Native)(exponent << C::mantissa));
-  return x.v < V(T(1 - C::bias)).v ? V(0).v : result.v;
+  const Rounded<T> n = round_product(x, V(1));
+  const V result = scale_normal(exp2_fraction(x - n.number), n);
+  return x.v < V(T(1 - ExpConstants<T>::bias)).v ? V(0).v : result.v;
 }
 
 template <class T>
@@ -123,8 +152,8 @@ FASTSEQ_INLINE Vec<T> negative_magnitude(Vec<T> x) {
 template <class T>
 FASTSEQ_INLINE Vec<T> sigmoid(Vec<T> x) {
   using V = Vec<T>;
-  const V z = exp(negative_magnitude(x));  // <= 1: nothing overflows, and small results keep their digits
-  const V top = x.v < V(0).v ? z.v : V(1).v;
+  const V z = exp_below(negative_magnitude(x));  // <= 1: nothing overflows, and small results keep their digits
+  const V top = (typename V::Bits)x.v < 0 ? z.v : V(1).v;
   return top / (V(1) + z);
 }
 
@@ -135,18 +164,17 @@ FASTSEQ_INLINE Vec<T> tanh(Vec<T> x) {
   using C = ExpConstants<T>;
   constexpr typename V::Bit sign = typename V::Bit(1) << (8 * sizeof(T) - 1);
   const typename V::Bits sign_bit = (typename V::Bits)x.v & sign;
-  V magnitude = (typename V::Native)((typename V::Bits)x.v & ~sign);
-  magnitude = magnitude.v > V(C::tanh_one).v ? V(C::tanh_one).v : magnitude.v;
+  const V magnitude = at_most(V((typename V::Native)((typename V::Bits)x.v & ~sign)), V(C::tanh_one));
   const Reduced<T> e = reduce(magnitude + magnitude);
-  const V scale = power_of_two<T>(e.n);
-  const V m = fma(scale, e.expm1_r, scale - V(1));
+  const V power = scale_normal(V(1), e.n);
+  const V m = fma(power, e.expm1_r, power - V(1));
   return (typename V::Native)((typename V::Bits)(m / (m + V(2))).v | sign_bit);
 }
 
 // NaN stays NaN, as in torch.
 template <class T>
 FASTSEQ_INLINE Vec<T> relu(Vec<T> x) {
-  return x.v < Vec<T>(0).v ? Vec<T>(0).v : x.v;
+  return at_least(x, Vec<T>(0));
 }
 template <class T>
 FASTSEQ_INLINE Vec<T> relu_backward(Vec<T> y, Vec<T> dy) {
