@@ -60,7 +60,7 @@ FAULTS = {
         "to + j * Shape::panel_numbers(k_size)",
     ),
     "packed beforehand: W_ih is looked for where W_hh is": (FORWARD, "ready ? ready + at.w_ih : nullptr", "ready"),
-    "gemm: nobody waits for the others' panels": (GEMM, "if (share_rows) barrier.wait(team);", ""),
+    "gemm: nobody waits for the others' panels": (GEMM, "if (share_rows) barrier.wait(share);", ""),
     "bfloat16: the second number of a pair is the first": (
         PANEL,
         "pairs_at(from + u, from + ld + u, V::size, V::size)",
@@ -138,6 +138,7 @@ VARIANTS = {
         (PARALLEL, "kSpins = 2000", "kSpins = 1"),
         (PARALLEL, "pause = 8 * nanoseconds", "pause = 0 * nanoseconds"),
     ),
+    "members of a team share places at their barrier": ((PARALLEL, "kPlaces = 16", "kPlaces = 2"),),
     "vectors as wide as those of AVX-512, on any processor": (
         (
             VECTORS,

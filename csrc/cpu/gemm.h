@@ -246,6 +246,7 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
   Barrier barrier;
   barrier.begin();
   parallel(wanted, [&](int member, int team) {
+    Share share{member, team};
     // The longer side is shared.
     constexpr int MR = tile_rows(Shape::vectors);
     const int64_t tiles = (m + MR - 1) / MR;
@@ -262,7 +263,7 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
         T* const to = b_all + i % buffers * layout.block_numbers;  // others may still read the one before it
         const Range mine = share_rows ? part(panels, member, team) : columns;
         for (int64_t j = mine.begin; j < mine.end; ++j) pack_b(b, k0, k_size, n, j, to + j * layout.panel_stride);
-        if (share_rows) barrier.wait(team);
+        if (share_rows) barrier.wait(share);
         block = to;
       }
       gemm_block(a, rows, k0, k_size, block, layout.panel_stride, columns, n, a_all + member * a_numbers,

@@ -19,19 +19,20 @@ FASTSEQ_INLINE void keep(Vec<T> v) {
 template <class T>
 double fma_rate(int64_t iterations, int threads) {
   constexpr int chains = 12;  // two units of four cycles' latency are busy with eight
-  Barrier start, end;
+  Barrier barrier;
   double seconds = 0;
   int members = 1;
   parallel(threads, [&](int member, int team) {
+    Share share{member, team};
     Vec<T> sums[chains];
     for (int i = 0; i < chains; ++i) sums[i] = Vec<T>(T(i));
     const Vec<T> factor = Vec<T>(T(0.5)), term = Vec<T>(T(1));
-    start.wait(team);
+    barrier.wait(share);
     const double begin = seconds_now();
     for (int64_t n = 0; n < iterations; ++n)
       for (int i = 0; i < chains; ++i) sums[i] = fma(sums[i], factor, term);
     for (int i = 0; i < chains; ++i) keep(sums[i]);
-    end.wait(team);
+    barrier.wait(share);
     if (member == 0) {
       seconds = seconds_now() - begin;
       members = team;
@@ -48,15 +49,16 @@ inline double read_rate(int64_t bytes, int64_t repeats, int threads) {
   const int64_t blocks = bytes > block ? bytes / block : 1;
   Workspace<char> memory;
   char* const buffers = memory.allocate(threads * blocks * block);
-  Barrier start, end;
+  Barrier barrier;
   double seconds = 0;
   int members = 1;
   parallel(threads, [&](int member, int team) {
+    Share share{member, team};
     char* const buffer = buffers + member * blocks * block;
     memset(buffer, 0, blocks * block);
     V sums[vectors];
     for (int i = 0; i < vectors; ++i) sums[i] = V(0);
-    start.wait(team);
+    barrier.wait(share);
     const double begin = seconds_now();
     for (int64_t n = 0; n < repeats; ++n)
       for (int64_t b = 0; b < blocks; ++b) {
@@ -64,7 +66,7 @@ inline double read_rate(int64_t bytes, int64_t repeats, int threads) {
         for (int i = 0; i < vectors; ++i) sums[i] = sums[i] + V::load(p + i * V::size);
       }
     for (int i = 0; i < vectors; ++i) keep(sums[i]);
-    end.wait(team);
+    barrier.wait(share);
     if (member == 0) {
       seconds = seconds_now() - begin;
       members = team;

@@ -96,7 +96,7 @@ class BackwardDirection {
   void run(int64_t s0, int64_t s1, Range mine, Share share, Barrier& barrier) {
     Range units = share.of(Shape::blocks(H_)), outputs = share.of(hidden_.blocks());
     const auto meet = [&] {  // as in ForwardDirection::run
-      if (!barrier.wait(share.members)) return true;
+      if (!barrier.wait(share)) return true;
       if (share.member != 0) return false;
       share = {0, 1};
       units = share.of(Shape::blocks(H_)), outputs = share.of(hidden_.blocks());

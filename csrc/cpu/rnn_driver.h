@@ -145,18 +145,11 @@ inline Range row_group(const Schedule& schedule, int i, int n) {
   return out;
 }
 
-// One member's part of what the members of a group share.
-struct Share {
-  int member, members;
-  Range of(int64_t size) const { return part(size, member, members); }
-};
-
 // Runs loop(direction, rows, share, barrier) for every part of the plan.
 template <class Loop>
 void run_plan(int threads, const Schedule& schedule, int directions, const Work& work, const Loop& loop) {
   constexpr int kMaxGroups = 512;
   if (threads > kMaxGroups) threads = kMaxGroups;
-  static_assert(sizeof(Barrier) % 64 == 0, "barriers must not share cache lines");
   Workspace<Barrier> memory;
   const int groups = threads > directions ? threads : directions;
   Barrier* barriers = memory.zeros(groups);

@@ -122,7 +122,7 @@ class ForwardDirection {
     Range units = share.of(blocks()), outputs = share.of(projection_.blocks());
     // False for the members whom member 0 goes on without.
     const auto meet = [&] {
-      if (!barrier.wait(share.members)) return true;
+      if (!barrier.wait(share)) return true;
       if (share.member != 0) return false;
       share = {0, 1};
       units = share.of(blocks()), outputs = share.of(projection_.blocks());
