@@ -124,10 +124,10 @@ void pack_straight(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j,
 // sums[m][nb][NV*V] (+)= a[m][0..k) . panel nb, for MR rows and NB panels side by side: one chain. NB > 1 gives a
 // single row enough independent sums to hide the latency of the fused multiply-add. The numbers of step s of row m are
 // at a[m * a_row + s * a_step], those of the panel at panel + s * panel_step; both have whole steps.
-template <int MR, int NV, int NB, class T>
+template <int MR, int NV, int NB, class T, bool fetches = false>
 FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step, const T* panel,
                          int64_t panel_step, int64_t panel_stride, int64_t k_size, Compute<T>* sums, int64_t ld_sums,
-                         bool accumulate) {
+                         bool accumulate, const T* ahead = nullptr) {
   using V = Vec<Compute<T>>;
   using Step = Terms<T>;
   V c[MR][NB * NV];
@@ -168,6 +168,7 @@ FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_
   };
   const int64_t steps = (k_size + Step::count - 1) / Step::count;
   for (int64_t s = 0; s < steps; ++s) {
+    if constexpr (fetches) __builtin_prefetch(ahead + s * (64 / static_cast<int64_t>(sizeof(T))), 0, 2);
     add(Part<0>{}, s);
     if constexpr (Step::parts == 2) add(Part<1>{}, s);
   }
@@ -226,10 +227,11 @@ void gather_rows(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, in
 
 // sums[rows][NB][NV*V] = a . panels, rows <= kRowBlock. a's columns come in pieces that follow one another in the
 // panel. gathered: the rows once more, from gather_rows, or null. Of a panel's PV vectors the first NV are computed.
+// next: the panel after this one, or null; while a chain's rows go by, the weights of the next chain come.
 template <int NV, int NB, int PV, class T>
 void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, const T* panel,
                    int64_t panel_step, int64_t panel_stride, Compute<T>* sums,
-                   const typename Terms<T>::Left* gathered = nullptr) {
+                   const typename Terms<T>::Left* gathered = nullptr, const T* next = nullptr) {
   using Left = typename Terms<T>::Left;
   constexpr int width = PV * Vec<Compute<T>>::size, count = Terms<T>::count;
   constexpr int MR = tile_rows(NV);
@@ -255,6 +257,15 @@ void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, 
         tile<1, NV, NB, T>(columns, ld, count, panel, panel_step, panel_stride, k_size, sums, NB * width, accumulate);
       } else {
         int64_t r = 0;
+        if (next) {
+          const bool last = k0 + k_size == pieces[p].size && p + 1 == pieces_n;
+          const T* const ahead = last ? next : panel + k_size / count * panel_step;
+          // A line at each step: so many rows ask for all of a chain.
+          constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T)), lines = width * count / line;
+          for (; r + MR <= rows && r < lines * MR; r += MR)
+            tile<MR, NV, 1, T, true>(columns + r * ld, ld, count, panel, panel_step, 0, k_size, sums + r * width, width,
+                                     accumulate, ahead + r / MR * (kChain / count) * line);
+        }
         for (; r + MR <= rows; r += MR)
           tile<MR, NV, 1, T>(
               columns + r * ld, ld, count, panel, panel_step, 0, k_size, sums + r * width, width, accumulate);

@@ -1,6 +1,9 @@
 // The weights of the product inside a step: packed into panels, or where the caller has them.
 #pragma once
 
+// Weights of so many bytes come from so far away every step that they are asked for ahead of their use.
+constexpr int64_t kBytesFar = 6 << 20;
+
 // W^T in place: direct.h. W (K, n) in place: a full block of columns is a panel with another stride; the last block,
 // when it is not full, is packed all the same, since a load would leave the matrix, and so is every block where a panel
 // has pairs of k.
@@ -62,6 +65,7 @@ class StepWeights {
       gathered = memory.allocate(rows * k);
       if (gathered) gather_rows(a, lda, rows, pieces, pieces_n, gathered);
     }
+    const bool far = all * Shape::panel_numbers(k_) * static_cast<int64_t>(sizeof(T)) >= kBytesFar;
     for (int64_t n = 0; n < pieces_of_work; ++n) {
       const int64_t i = backwards ? pieces_of_work - 1 - n : n;
       if (i < groups) {
@@ -76,9 +80,12 @@ class StepWeights {
         direct_product<Gates>(a + pieces[0].column, lda, rows, w_, ld_, n_, pieces[0].size, j, sums);
       } else {
         const Panel panel = panel_of(j);
+        const bool more = far && n + 1 < pieces_of_work && panel.step == Shape::step;
+        const T* const next = more ? panel.data + (backwards ? -panel.block : panel.block) : nullptr;
         const auto product = [&](auto part) __attribute__((always_inline)) {
           constexpr int vectors = decltype(part)::value;
-          panel_product<vectors, 1, NV>(a, lda, rows, pieces, pieces_n, panel.data, panel.step, 0, sums, gathered);
+          panel_product<vectors, 1, NV>(
+              a, lda, rows, pieces, pieces_n, panel.data, panel.step, 0, sums, gathered, next);
         };
         if constexpr (Gates == 1) {
           for_vectors_of<NV, typename Shape::V>(n_ - j * Shape::units, product);
