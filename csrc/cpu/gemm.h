@@ -113,9 +113,10 @@ void pack_a(const Matrix<T>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_
 }
 
 // c[MR][columns] (+)= a . the first NV vectors of the panel's PV; columns may be fewer.
-template <int MR, int NV, int PV, class T>
+template <int MR, int NV, int PV, class T, bool fetches = false>
 FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step, const T* panel,
-                              int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns, bool accumulate) {
+                              int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns, bool accumulate,
+                              const T* ahead = nullptr) {
   using V = Vec<Compute<T>>;
   constexpr int width = NV * V::size, panel_width = PV * V::size, count = Terms<T>::count;
   alignas(64) Compute<T> sums[MR * width];
@@ -130,8 +131,9 @@ FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, i
   if (accumulate)  // what is added to comes from far away, in time for the end of the first chain
     for (int i = 0; i < MR; ++i) __builtin_prefetch(to + i * ld, 1);
   for (int64_t k = 0; k < k_size; k += kChain)
-    tile<MR, NV, 1, T>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count, 0,
-                       k_size - k < kChain ? k_size - k : kChain, to, ld, accumulate || k > 0);
+    tile<MR, NV, 1, T, fetches>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count, 0,
+                                k_size - k < kChain ? k_size - k : kChain, to, ld, accumulate || k > 0,
+                                ahead + k / count * (64 / static_cast<int64_t>(sizeof(T))));
   if (columns < width)
     for (int i = 0; i < MR * NV; ++i)
       V::load(sums + i * V::size).store(c + i / NV * ldc + i % NV * V::size, columns - i % NV * V::size);
@@ -155,6 +157,8 @@ void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, cons
   using Shape = PanelShape<T, 1>;
   constexpr int NV = Shape::vectors, MR = tile_rows(NV), count = Terms<T>::count;
   const bool packed = packs(a);
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T)), lines = Shape::width * count / line;
+  const bool far = (columns.end - columns.begin) * panel_stride * static_cast<int64_t>(sizeof(T)) >= kBytesFar;
   const int64_t steps = (k_size + count - 1) / count;
   const int64_t a_row = packed ? count : a.row, a_step = packed ? MR * count : count;
   for (int64_t i0 = rows.begin; i0 < rows.end; i0 += kGemmRows) {
@@ -171,7 +175,10 @@ void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, cons
           if constexpr (count == 1) {
             if (!packed) from = a.data + (i0 + i) * a.row + k0;
           }
-          if (here - i >= MR) {
+          if (far && i / MR < lines && here - i >= MR && j + 1 < columns.end) {
+            gemm_tile<MR, vectors, NV, T, true>(from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid,
+                                                accumulate, panel + panel_stride + i / MR * steps * line);
+          } else if (here - i >= MR) {
             gemm_tile<MR, vectors, NV, T>(from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate);
           } else {
             gemm_tile_remainder<MR - 1, vectors, NV, T>(
