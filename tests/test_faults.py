@@ -138,6 +138,7 @@ VARIANTS = {
         (PARALLEL, "kSpins = 2000", "kSpins = 1"),
         (PARALLEL, "pause = 8 * nanoseconds", "pause = 0 * nanoseconds"),
     ),
+    "weights always come from far away": (("csrc/cpu/step_weights.h", "kBytesFar = 6 << 20", "kBytesFar = 0"),),
     "members of a team share places at their barrier": ((PARALLEL, "kPlaces = 16", "kPlaces = 2"),),
     "vectors as wide as those of AVX-512, on any processor": (
         (
