@@ -153,7 +153,7 @@ class ScoreGradients {
       const Range vectors = whole_vectors_of<A>(mine);
       begin = vectors.begin, end = vectors.end;
       if (!kScaledKeys<T>) scale_row(static_cast<A>(score_factor(*p_)), vectors, s);
-      finish_scores(*p_, n, i0_ + r, j0_, mine, s, cap_derivative_.get());
+      finish_scores(*p_, n, i0_ + r, j0_, mine, vectors, s, cap_derivative_.get());
       if (multipliers_.get()) {
         dropout_multipliers(*p_, n, i0_ + r, j0_, mine, multipliers_.get());
         multiply_row(multipliers_.get(), vectors, d);

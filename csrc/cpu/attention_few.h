@@ -71,12 +71,13 @@ class FewQueriesWorker {
     state.largest() = hidden, state.total() = 0;
     memset(state.sums(), 0, p_->value_size * sizeof(A));
     if (mine.begin >= mine.end) return;
-    scale_row(static_cast<A>(score_factor(*p_)), whole_vectors_of<A>(mine), s);
-    const Exponentials<A> e = exponentiate(*p_, n, i, j0, mine, hidden, s);
-    state.largest() = e.largest, state.total() = e.total;
+    const Range vectors = whole_vectors_of<A>(mine);
+    scale_row(static_cast<A>(score_factor(*p_)), vectors, s);
+    finish_scores(*p_, n, i, j0, mine, vectors, s);
+    exponentiate<1>(vectors, s, 0, &state.largest(), &state.total());
     if (p_->dropout.threshold) {
       dropout_multipliers(*p_, n, i, j0, mine, multipliers_.get());
-      multiply_row(multipliers_.get(), whole_vectors_of<A>(mine), s);
+      multiply_row(multipliers_.get(), vectors, s);
     }
     int64_t c = 0;
     const auto add = [&](auto count) __attribute__((always_inline)) {

@@ -74,12 +74,8 @@ class AttentionForwardWorker {
       const auto seen = [&](int64_t m0, int64_t m1) { return visible_.in_block(i0 + m0, i0 + m1, j0, here); };
       score_product(q.data, q.row, rows, p_->size, panels_.get() + j0 / Shape::width * Shape::panel_numbers(p_->size),
                     here, scores_.get(), ld_scores_, seen);
-      for (int64_t r = 0; r < rows; ++r) {
-        const Range tile =
-            seen(r / kTileRows * kTileRows,
-                 r / kTileRows * kTileRows + kTileRows < rows ? r / kTileRows * kTileRows + kTileRows : rows);
-        softmax_row(n, i0 + r, r, j0, seen(r, r + 1), tile);
-      }
+      for (int64_t m = 0; m < rows; m += kTileRows)
+        softmax(n, i0, m, rows - m < kTileRows ? rows - m : kTileRows, j0, seen);
       accumulate_product(reinterpret_cast<const F*>(scores_.get()), ld_scores_ * sizeof(A) / sizeof(F), Terms<F>::count,
                          rows, here, values_.get() + j0 * columns_, columns_, sums_.get(), columns_, seen);
     }
@@ -87,35 +83,38 @@ class AttentionForwardWorker {
       write_row(*p_, n, i0 + r, largest_.get()[r], total_.get()[r], sums_.get() + r * columns_);
   }
 
-  // Of row r, the scores of the keys that it sees become their exponentials, those of others that the product reads
-  // zero.
-  void softmax_row(int64_t n, int64_t i, int64_t r, int64_t j0, Range mine, Range read) {
-    A* const s = scores_.get() + r * ld_scores_;
-    read = whole_steps<F>(read);
-    const bool any = mine.begin < mine.end;
-    const Range written = any ? whole_vectors_of<A>(mine) : Range{read.end, read.end};
-    for (int64_t j = read.begin; j < written.begin; ++j) s[j] = 0;
-    for (int64_t j = written.end; j < read.end; ++j) s[j] = 0;
-    if (any) softmax_columns(n, i, r, j0, mine, s);
-    row_to_factors<F>(s, read);
-  }
-
-  void softmax_columns(int64_t n, int64_t i, int64_t r, int64_t j0, Range mine, A* s) {
-    if (!kScaledKeys<T>) scale_row(static_cast<A>(score_factor(*p_)), whole_vectors_of<A>(mine), s);
-    A &largest = largest_.get()[r], &total = total_.get()[r];
-    const A before = largest;
-    const Exponentials<A> e = exponentiate(*p_, n, i, j0, mine, before, s);
-    largest = e.largest;
-    if (before != largest && before != -static_cast<A>(__builtin_inf())) {
-      const A factor = exp2_of_score(V(before - largest)).v[0];
-      total *= factor;
-      A* const sums = sums_.get() + r * columns_;
-      for (int64_t j = 0; j < columns_; j += V::size) (V::load(sums + j) * V(factor)).store(sums + j);
+  // Of a tile of rows, from row m of the block on, the scores of the keys that a row sees become their exponentials,
+  // those of others that the products read zero.
+  template <class Seen>
+  void softmax(int64_t n, int64_t i0, int64_t m, int64_t rows, int64_t j0, const Seen& seen) {
+    const Range tile = seen(m, m + rows);
+    if (tile.begin >= tile.end) return;
+    const Range vectors = whole_vectors_of<A>(tile);
+    A* const s = scores_.get() + m * ld_scores_;
+    A *const largest = largest_.get() + m, before[kTileRows], totals[kTileRows];
+    for (int64_t r = 0; r < rows; ++r) {
+      before[r] = largest[r];
+      if (!kScaledKeys<T>) scale_row(static_cast<A>(score_factor(*p_)), vectors, s + r * ld_scores_);
+      finish_scores(*p_, n, i0 + m + r, j0, seen(m + r, m + r + 1), vectors, s + r * ld_scores_);
     }
-    total += e.total;
-    if (p_->dropout.threshold) {
-      dropout_multipliers(*p_, n, i, j0, mine, multipliers_.get());
-      multiply_row(multipliers_.get(), whole_vectors_of<A>(mine), s);
+    int64_t r = 0;
+    for (; r + kSoftmaxRows <= rows; r += kSoftmaxRows)
+      exponentiate<kSoftmaxRows>(vectors, s + r * ld_scores_, ld_scores_, largest + r, totals + r);
+    for (; r < rows; ++r) exponentiate<1>(vectors, s + r * ld_scores_, ld_scores_, largest + r, totals + r);
+    for (r = 0; r < rows; ++r) {
+      A& total = total_.get()[m + r];
+      if (before[r] != largest[r] && before[r] != -static_cast<A>(__builtin_inf())) {
+        const A factor = exp2_of_score(V(before[r] - largest[r])).v[0];
+        total *= factor;
+        A* const sums = sums_.get() + (m + r) * columns_;
+        for (int64_t j = 0; j < columns_; j += V::size) (V::load(sums + j) * V(factor)).store(sums + j);
+      }
+      total += totals[r];
+      if (p_->dropout.threshold) {
+        dropout_multipliers(*p_, n, i0 + m + r, j0, vectors, multipliers_.get());
+        multiply_row(multipliers_.get(), vectors, s + r * ld_scores_);
+      }
+      row_to_factors<F>(s + r * ld_scores_, vectors);
     }
   }
 

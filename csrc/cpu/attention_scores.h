@@ -8,10 +8,11 @@ FASTSEQ_INLINE Range whole_vectors_of(Range columns) {
   return {columns.begin / V * V, (columns.end + V - 1) / V * V};
 }
 
-// Columns of `vectors` that are not of `mine`.
+// Columns of `vectors` that are not of `mine`, which may be none.
 template <class A>
 FASTSEQ_INLINE void hide_outside(A* scores, Range mine, Range vectors) {
   const A hidden = -static_cast<A>(__builtin_inf());
+  if (mine.begin >= mine.end) mine = {vectors.end, vectors.end};
   for (int64_t j = vectors.begin; j < mine.begin; ++j) scores[j] = hidden;
   for (int64_t j = mine.end; j < vectors.end; ++j) scores[j] = hidden;
 }
@@ -75,11 +76,10 @@ void mask_row(const AttentionMask<T>& mask, int64_t offset, Range columns, Compu
 }
 
 // From the product with the keys from j0 on to the scores of query i, head n: capped, biased and masked, and -inf where
-// columns of the same vectors are not of `mine`.
+// columns of `vectors` are not of `mine`.
 template <class T>
-void finish_scores(const Attention<T, Compute<T>>& p, int64_t n, int64_t i, int64_t j0, Range mine, Compute<T>* scores,
-                   Compute<T>* cap_derivative = nullptr) {
-  const Range vectors = whole_vectors_of<Compute<T>>(mine);
+void finish_scores(const Attention<T, Compute<T>>& p, int64_t n, int64_t i, int64_t j0, Range mine, Range vectors,
+                   Compute<T>* scores, Compute<T>* cap_derivative = nullptr) {
   if (p.softcap != 0) cap_row(p.softcap, vectors, scores, cap_derivative);
   if (p.slopes) add_slope(p.slopes[n * p.slopes_head], j0 - i - p.diagonal, vectors, scores);
   hide_outside(scores, mine, vectors);
@@ -109,31 +109,40 @@ FASTSEQ_INLINE T largest_lane(Vec<T> v) {
   return largest_lane<Vec<T>::size / 2>(v, typename CountLanes<Vec<T>::size>::type{});
 }
 
-// The scores of a row that are of `mine` become exponentials, in units of 2^largest, the others within their vectors
-// zero. largest: of them and of `before`, those of earlier keys.
-template <class A>
-struct Exponentials {
-  A largest, total;
-};
-template <class T>
-Exponentials<Compute<T>> exponentiate(const Attention<T, Compute<T>>& p, int64_t n, int64_t i, int64_t j0, Range mine,
-                                      Compute<T> before, Compute<T>* s) {
-  using A = Compute<T>;
+// Rows whose softmax is computed side by side: a row alone waits for its largest score and for its sum.
+#if FASTSEQ_VECTOR_BYTES == 64 || defined(__aarch64__)  // 32 registers
+constexpr int kSoftmaxRows = 3;
+#else
+constexpr int kSoftmaxRows = 2;
+#endif
+
+// Scores of R rows, `ld` apart, become exponentials, in units of 2^largest. largest: of earlier keys, and then of
+// these, too. totals: the sums of the rows.
+template <int R, class A>
+FASTSEQ_INLINE void exponentiate(Range vectors, A* s, int64_t ld, A* largest, A* totals) {
   using V = Vec<A>;
-  const Range vectors = whole_vectors_of<A>(mine);
-  finish_scores(p, n, i, j0, mine, s);
   const A hidden = -static_cast<A>(__builtin_inf());
-  V most(hidden);
-  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) most = at_least(most, V::load(s + j));
-  const A here = largest_lane(most), largest = here > before ? here : before;
-  const V shift(largest == hidden ? A(0) : largest);
-  V sum(0);
-  for (int64_t j = vectors.begin; j < vectors.end; j += V::size) {
-    const V e = exp2_of_score(V::load(s + j) - shift);
-    sum = sum + e;
-    e.store(s + j);
+  V most[R], shift[R], sums[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) most[r] = V(hidden);
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) most[r] = at_least(most[r], V::load(s + r * ld + j));
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const A here = largest_lane(most[r]);
+    largest[r] = here > largest[r] ? here : largest[r];
+    shift[r] = V(largest[r] == hidden ? A(0) : largest[r]), sums[r] = V(0);
   }
-  return {largest, sum_of_lanes(sum)};
+  for (int64_t j = vectors.begin; j < vectors.end; j += V::size)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const V e = exp2_of_score(V::load(s + r * ld + j) - shift[r]);
+      sums[r] = sums[r] + e;
+      e.store(s + r * ld + j);
+    }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) totals[r] = sum_of_lanes(sums[r]);
 }
 
 // What dropout multiplies the probabilities of query i, head n, and keys j0 + columns with; written in whole groups of
