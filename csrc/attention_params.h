@@ -97,7 +97,7 @@ struct Attention {
 template <class T, class A>
 struct AttentionForward : Attention<T, A> {
   Heads<T> out;       // (B, N, L, Dv)
-  RowNumbers<A> lse;  // log of the sum of the exponentials of a row's scores; -inf where no key is seen
+  RowNumbers<A> lse;  // log of the sum of the exponentials of a row's scores, -inf where no key is seen; or null
 };
 
 template <class T, class A>

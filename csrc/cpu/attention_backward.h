@@ -246,9 +246,10 @@ class AttentionBackwardWorker {
     const auto p = scores_.probabilities_transposed(), ds = scores_.gradients_transposed(),
                rows_of_ds = scores_.gradient_rows();
     accumulate_product(
-        p.data, p.row, p.step, keys, rows, scores_.d_out(), value_columns_, dv_.get(), value_columns_, queries);
-    accumulate_product(ds.data, ds.row, ds.step, keys, rows, scores_.queries(), columns_, dk_.get(), columns_, queries);
-    accumulate_product(rows_of_ds.data, rows_of_ds.row, rows_of_ds.step, rows, keys, scores_.keys(), columns_, dq,
+        p.data, p.row, p.step, keys, rows, scores_.d_out(), 0, value_columns_, dv_.get(), value_columns_, queries);
+    accumulate_product(
+        ds.data, ds.row, ds.step, keys, rows, scores_.queries(), 0, columns_, dk_.get(), columns_, queries);
+    accumulate_product(rows_of_ds.data, rows_of_ds.row, rows_of_ds.step, rows, keys, scores_.keys(), 0, columns_, dq,
                        dq_row, [&](int64_t m0, int64_t m1) { return scores_.keys_of(m0, m1); });
   }
 

@@ -110,8 +110,10 @@ void score_product(const F* a, int64_t a_row, int64_t rows, int64_t size, const 
       const int64_t here = rows - m < kTileRows ? rows - m : kTileRows;
       const Range needed = columns_of(m, m + here);
       if (needed.begin >= needed.end || needed.end <= j || needed.begin >= j + Shape::width) continue;
-      score_tile<Shape::vectors, kTileRows, F>(
-          here, a + m * a_row, a_row, Terms<F>::count, panels, Shape::step, {0, size}, c + m * ldc + j, ldc, false);
+      for_vectors_of<Shape::vectors, Vec<Compute<F>>>(needed.end - j, [&](auto part) __attribute__((always_inline)) {
+        score_tile<decltype(part)::value, kTileRows, F>(
+            here, a + m * a_row, a_row, Terms<F>::count, panels, Shape::step, {0, size}, c + m * ldc + j, ldc, false);
+      });
     }
   }
 }
@@ -154,10 +156,20 @@ void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t size, Factor
   });
 }
 
-// c (rows, columns) += a b, b packed rows, for each tile of rows of c its own terms of all.
+// Rows as the right side of a product need no packing where they are whole vectors, side by side, and begin where
+// vectors do.
+template <class T>
+bool rows_lie_packed(const Heads<const T>& rows, int64_t size) {
+  constexpr int64_t V = Vec<Compute<T>>::size;
+  return sizeof(T) == sizeof(Compute<T>) && size % V == 0 && rows.row == size && rows.head % V == 0 &&
+         rows.batch % V == 0 && reinterpret_cast<uintptr_t>(rows.data) % FASTSEQ_VECTOR_BYTES == 0;
+}
+
+// c (rows, columns) += a b, b packed rows, or b_row > 0 numbers apart where they lie, for each tile of rows of c its
+// own terms of all.
 template <class F, class TermsOf>
 void accumulate_product(const F* a, int64_t a_row, int64_t a_step, int64_t rows, int64_t terms, const F* b,
-                        int64_t columns, Compute<F>* c, int64_t ldc, const TermsOf& terms_of) {
+                        int64_t b_row, int64_t columns, Compute<F>* c, int64_t ldc, const TermsOf& terms_of) {
   constexpr int count = Terms<F>::count;
   terms = whole_steps<F>(terms);
   for (int64_t k0 = 0; k0 < terms; k0 += kTermBlock) {
@@ -169,8 +181,9 @@ void accumulate_product(const F* a, int64_t a_row, int64_t a_step, int64_t rows,
         Range k = whole_steps<F>(terms_of(m, m + here));
         k = {k.begin > k0 ? k.begin : k0, k.end < k1 ? k.end : k1};
         if (k.begin < k.end)
-          score_tile<NV, kTileRows, F>(here, a + m * a_row, a_row, a_step, b + terms * j,
-                                       NV * Vec<Compute<F>>::size * count, k, c + m * ldc + j, ldc, true);
+          score_tile<NV, kTileRows, F>(
+              here, a + m * a_row, a_row, a_step, b_row ? b + j : b + terms * j,
+              b_row ? b_row : NV * Vec<Compute<F>>::size * count, k, c + m * ldc + j, ldc, true);
       }
     });
   }

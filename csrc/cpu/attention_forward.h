@@ -15,6 +15,7 @@ void write_row(const AttentionForward<T, Compute<T>>& p, int64_t n, int64_t i, C
     const int64_t valid = p.value_size - j;
     (V::load(sums + j, valid) * factor).store(out + j, valid);
   }
+  if (!p.lse.data) return;
   p.lse.of(n)[i] = total == 0 ? -static_cast<A>(__builtin_inf())
                               : static_cast<A>(largest * kLn2 + __builtin_log(static_cast<double>(total)));
 }
@@ -34,7 +35,8 @@ class AttentionForwardWorker {
     scores_.allocate(kQueryBlock * ld_scores_);
     sums_.allocate(kQueryBlock * columns_);
     largest_.allocate(kQueryBlock), total_.allocate(kQueryBlock);
-    values_.allocate(whole_steps<F>(p.keys) * columns_);
+    values_in_place_ = rows_lie_packed(p.v, p.value_size);
+    if (!values_in_place_) values_.allocate(whole_steps<F>(p.keys) * columns_);
     if (p.dropout.threshold) multipliers_.allocate(kKeyBlock);
     if (FactorRows<T>::copies(p.size)) queries_.allocate(kQueryBlock * whole_steps<F>(p.size));
     if (sizeof(T) != sizeof(F)) scratch_.allocate(Shape::panel_numbers(p.size));
@@ -56,6 +58,7 @@ class AttentionForwardWorker {
     for (int64_t j = keys.begin / Shape::width; j * Shape::width < keys.end; ++j)
       pack_scores_panel(p_->k.at(kv_head, 0), p_->k.row, p_->keys, p_->size, j, factor, scratch_.get(),
                         panels_.get() + j * Shape::panel_numbers(p_->size));
+    if (values_in_place_) return;
     for (int64_t j0 = keys.begin / kKeyBlock * kKeyBlock; j0 < keys.end; j0 += kKeyBlock)
       pack_rows(p_->v.at(kv_head, j0), p_->v.row, keys_of_block(j0), p_->value_size, values_.get() + j0 * columns_);
   }
@@ -76,8 +79,12 @@ class AttentionForwardWorker {
                     here, scores_.get(), ld_scores_, seen);
       for (int64_t m = 0; m < rows; m += kTileRows)
         softmax(n, i0, m, rows - m < kTileRows ? rows - m : kTileRows, j0, seen);
+      const F* values = values_.get() + j0 * columns_;
+      if constexpr (sizeof(T) == sizeof(F)) {
+        if (values_in_place_) values = p_->v.at(n / (p_->heads / p_->kv_heads), j0);
+      }
       accumulate_product(reinterpret_cast<const F*>(scores_.get()), ld_scores_ * sizeof(A) / sizeof(F), Terms<F>::count,
-                         rows, here, values_.get() + j0 * columns_, columns_, sums_.get(), columns_, seen);
+                         rows, here, values, values_in_place_ ? p_->v.row : 0, columns_, sums_.get(), columns_, seen);
     }
     for (int64_t r = 0; r < rows; ++r)
       write_row(*p_, n, i0 + r, largest_.get()[r], total_.get()[r], sums_.get() + r * columns_);
@@ -121,6 +128,7 @@ class AttentionForwardWorker {
   const AttentionForward<T, A>* p_ = nullptr;
   VisibleKeys visible_{};
   int64_t columns_ = 0, ld_scores_ = 0;
+  bool values_in_place_ = false;
   Workspace<F> panels_, queries_, values_;
   Workspace<A> scores_, sums_, largest_, total_, scratch_, multipliers_;
 };

@@ -195,6 +195,30 @@ RowNumbers<const A> numbers_of(const at::Tensor& t) {
   return {pointer<A>(t), batch_stride(t), t.stride(1)};
 }
 
+// The second, lse, is none where it is not wanted.
+AttentionOutputs forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                         const AttentionOptions& options, bool wants_lse) {
+  one_thread_in_a_forked_child();
+  return with_type(query.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = cpu::Computed<T>;
+    constexpr at::ScalarType computed = c10::CppTypeToScalarType<A>::value;
+    const Inputs in(query, key, value, options, computed);
+    AttentionForward<T, A> p;
+    fill(p, in, options);
+    at::Tensor out = in.zero_if_ragged(empty_heads(query, value.size(3))), lse;
+    p.out = mutable_heads_of<T>(out);
+    if (wants_lse) {
+      lse = at::empty({query.size(0), query.size(1), query.size(2)}, query.options().dtype(computed));
+      if (in.ragged) lse.fill_(-std::numeric_limits<double>::infinity());
+      p.lse = {mutable_pointer<A>(lse), batch_stride(lse), lse.stride(1)};
+    }
+    count_call<T>(Counted::attention_forward);
+    cpu::kernels().typed<T>().attention_forward(p);
+    return AttentionOutputs(out, lse);
+  });
+}
+
 }  // namespace
 
 AttentionOutputs attention_forward_cpu(
@@ -206,23 +230,12 @@ AttentionOutputs attention_forward_cpu(
   const AttentionOptions options{
       attn_mask, alibi_slopes, dropout_seed, query_starts, key_starts, query_lengths, key_lengths,
       scale,     softcap,      dropout_p,    low,          high,       from_end};
-  one_thread_in_a_forked_child();
-  return with_type(query.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    using A = cpu::Computed<T>;
-    constexpr at::ScalarType computed = c10::CppTypeToScalarType<A>::value;
-    const Inputs in(query, key, value, options, computed);
-    AttentionForward<T, A> p;
-    fill(p, in, options);
-    at::Tensor out = in.zero_if_ragged(empty_heads(query, value.size(3)));
-    at::Tensor lse = at::empty({query.size(0), query.size(1), query.size(2)}, query.options().dtype(computed));
-    if (in.ragged) lse.fill_(-std::numeric_limits<double>::infinity());
-    p.out = mutable_heads_of<T>(out);
-    p.lse = {mutable_pointer<A>(lse), batch_stride(lse), lse.stride(1)};
-    count_call<T>(Counted::attention_forward);
-    cpu::kernels().typed<T>().attention_forward(p);
-    return AttentionOutputs(out, lse);
-  });
+  return forward(query, key, value, options, true);
+}
+
+at::Tensor attention_output_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                const AttentionOptions& options) {
+  return std::get<0>(forward(query, key, value, options, false));
 }
 
 std::vector<at::Tensor> attention_backward_cpu(

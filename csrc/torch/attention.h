@@ -45,6 +45,9 @@ using AttentionBackwardSignature = std::vector<at::Tensor>(
     std::optional<int64_t>, bool, const at::Tensor&, const at::Tensor&, c10::List<bool>);
 
 FASTSEQ_API AttentionForwardSignature attention_forward_cpu;
+// Its out alone, for a little less.
+FASTSEQ_API at::Tensor attention_output_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                                            const AttentionOptions& options);
 AttentionBackwardSignature attention_backward_cpu;
 
 // On the autograd keys: runs the operator below and records attention_backward.

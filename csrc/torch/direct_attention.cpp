@@ -36,8 +36,8 @@ PyObject* call_attention(PyObject* const* args) {
           attention_forward_autograd(*query, *key, *value, mask, {}, {}, {}, {}, {}, {}, scale, 0, 0, {}, high, false));
     } else {
       const at::AutoDispatchBelowADInplaceOrView below;
-      out = std::get<0>(
-          attention_forward_cpu(*query, *key, *value, mask, {}, {}, {}, {}, {}, {}, scale, 0, 0, {}, high, false));
+      out = attention_output_cpu(
+          *query, *key, *value, {mask, {}, {}, {}, {}, {}, {}, scale, 0, 0, std::nullopt, high, false});
     }
   } catch (const std::exception&) {  // the operator will say it, in the usual way
     Py_RETURN_NONE;

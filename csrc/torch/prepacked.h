@@ -38,7 +38,7 @@ class FASTSEQ_API Prepacked {
     int64_t offset;
     at::ScalarType type;
     at::DimVector sizes, strides;
-    uint32_t version;
+    int64_t version;
   };
   std::string cell_;
   int64_t layers_, directions_;
