@@ -9,8 +9,8 @@ constexpr int64_t kRowsToShareRows = 6;       // rows a thread needs to be worth
 constexpr int64_t kNumbersToShare = 131072;   // numbers to add or multiply, likewise
 // More weights than a core's own cache holds, and few rows to make up for reading them: each thread reads its share of
 // them at a step, rather than all of them for its rows.
-constexpr int64_t kWeightsToStream = 1 << 19;
-constexpr int64_t kRowsToShareUnits = 32;
+constexpr int64_t kWeightsToStream = 1 << 18;
+constexpr int64_t kRowsToShareUnits = 16;
 constexpr int64_t kChunkBytes = 2 << 20;          // gx computed ahead of the steps
 constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
 constexpr int64_t kBackwardChunkBytes = 4 << 20;  // dg kept for the weight gradients

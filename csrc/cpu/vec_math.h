@@ -77,12 +77,12 @@ struct Rounded {
   Vec<T> number;
   typename Vec<T>::Bits integer;
 };
-// Of a b, rounded once.
+// Of what ExpConstants::round was added to.
 template <class T>
-FASTSEQ_INLINE Rounded<T> round_product(Vec<T> a, Vec<T> b) {
-  using V = Vec<T>;
-  const V round(ExpConstants<T>::round), shifted = fma(a, b, round);
-  return {shifted - round, (typename V::Bits)shifted.v - (typename V::Bits)round.v};
+FASTSEQ_INLINE Rounded<T> rounded(Vec<T> shifted) {
+  using Bits = typename Vec<T>::Bits;
+  const Vec<T> round(ExpConstants<T>::round);
+  return {shifted - round, (Bits)shifted.v - (Bits)round.v};
 }
 
 // v 2^n with v in [1/2, 2], rounded where it is no normal number.
@@ -116,7 +116,7 @@ template <class T>
 FASTSEQ_INLINE Reduced<T> reduce(Vec<T> x) {
   using V = Vec<T>;
   using C = ExpConstants<T>;
-  const Rounded<T> n = round_product(x, V(C::log2e));
+  const Rounded<T> n = rounded(fma(x, V(C::log2e), V(C::round)));
   V r = fma(n.number, V(-C::ln2_hi), x);
   r = fma(n.number, V(-C::ln2_lo), r);
   return {n, fma(r * r, exp_tail(r), r)};
@@ -137,7 +137,7 @@ FASTSEQ_INLINE Vec<T> exp(Vec<T> x) {
 template <class T>
 FASTSEQ_INLINE Vec<T> exp2_of_score(Vec<T> x) {
   using V = Vec<T>;
-  const Rounded<T> n = round_product(x, V(1));
+  const Rounded<T> n = rounded(x + V(ExpConstants<T>::round));
   const V result = scale_normal(exp2_fraction(x - n.number), n);
   return x.v < V(T(1 - ExpConstants<T>::bias)).v ? V(0).v : result.v;
 }
