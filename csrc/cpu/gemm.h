@@ -90,6 +90,22 @@ void pack_a(const Matrix<T>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_
       return;
     }
   }
+  if constexpr (count == 1) {  // columns: a few rows of memory at a time, of which a few sets of the cache hold all
+    constexpr int64_t kSteps = 8;
+    for (int64_t s0 = 0; s0 < steps; s0 += kSteps)
+      for (int64_t i = 0; i < rows; i += MR) {
+        const T* const from = a.data + i0 + i + (k0 + s0) * a.column;
+        T* const at = to + i * steps + s0 * MR;
+        if (i + MR <= rows && s0 + kSteps <= steps) {
+#pragma GCC unroll 8
+          for (int64_t s = 0; s < kSteps; ++s) __builtin_memcpy(at + s * MR, from + s * a.column, MR * sizeof(T));
+        } else {
+          for (int64_t s = 0; s < kSteps && s0 + s < steps; ++s)
+            for (int64_t r = 0; r < MR && i + r < rows; ++r) at[s * MR + r] = from[s * a.column + r];
+        }
+      }
+    return;
+  }
   for (int64_t i = 0; i < rows; i += MR, to += steps * MR * count) {
     const T* from = a.data + (i0 + i) * a.row + k0 * a.column;
     const int64_t here = rows - i < MR ? rows - i : MR;
