@@ -25,6 +25,7 @@ struct VecTraits<double> {
   typedef double vector __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef int64_t bits __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
   typedef int64_t bit;
+  typedef uint64_t unsigned_bits __attribute__((vector_size(FASTSEQ_VECTOR_BYTES)));
 };
 
 template <class T>

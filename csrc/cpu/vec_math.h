@@ -64,11 +64,12 @@ FASTSEQ_INLINE Vec<double> exp2_fraction(Vec<double> r) {
   return V(1) + fma(r * r, exp_tail(r), r);
 }
 
-// 2^n for integers n in the exponent's range.
+// 2^n for integers n in the exponent's range; of others anything, in arithmetic that may wrap around.
 template <class T>
 FASTSEQ_INLINE Vec<T> power_of_two(typename Vec<T>::Bits n) {
   using C = ExpConstants<T>;
-  return (typename Vec<T>::Native)((n + C::bias) << C::mantissa);
+  using Unsigned = typename VecTraits<T>::unsigned_bits;
+  return (typename Vec<T>::Native)(((Unsigned)n + C::bias) << C::mantissa);
 }
 
 // The whole number nearest to each lane's, of a size that the mantissa holds: as a number, and as an integer.
@@ -80,9 +81,9 @@ struct Rounded {
 // Of what ExpConstants::round was added to.
 template <class T>
 FASTSEQ_INLINE Rounded<T> rounded(Vec<T> shifted) {
-  using Bits = typename Vec<T>::Bits;
+  using Unsigned = typename VecTraits<T>::unsigned_bits;
   const Vec<T> round(ExpConstants<T>::round);
-  return {shifted - round, (Bits)shifted.v - (Bits)round.v};
+  return {shifted - round, (typename Vec<T>::Bits)((Unsigned)shifted.v - (Unsigned)round.v)};
 }
 
 // v 2^n with v in [1/2, 2], rounded where it is no normal number.
