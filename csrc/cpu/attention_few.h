@@ -13,8 +13,9 @@ struct SoftmaxState {
   A* sums() const { return numbers + 2; }
 };
 
-// How far ahead rows are asked for that come from far away; what the processor asks for itself ends with a page.
-constexpr int64_t kBytesAhead = 2048;
+// How far ahead rows are asked for that come from far away; what the processor asks for itself ends with a page. Of a
+// page whose place in memory is not known yet a single line, in time to find it.
+constexpr int64_t kBytesAhead = 2048, kBytesToPage = 12288, kPage = 4096;
 
 template <class T>
 class FewQueriesWorker {
@@ -38,7 +39,14 @@ class FewQueriesWorker {
       memcpy(queries_.get() + r * p.size, p.q.at(first + r / p.queries, r % p.queries), p.size * sizeof(T));
     const T *const k = p.k.at(kv_head, j0), *const v = p.v.at(kv_head, j0);
     const int64_t ahead = kBytesAhead / (p.size * static_cast<int64_t>(sizeof(T))) + 1;
+    const int64_t page = rows_of(kPage, p.k.row), to_page = rows_of(kBytesToPage, p.k.row);
+    int64_t next_page = 0;
     for (int64_t j = 0; j < keys; j += kDotColumns<T>) {
+      if (j >= next_page) {
+        const int64_t far = j + to_page;
+        __builtin_prefetch(far < keys ? k + far * p.k.row : v + (far - keys) % keys * p.v.row, 0, 2);
+        next_page += page;
+      }
       const int64_t here = keys - j < kDotColumns<T> ? keys - j : kDotColumns<T>;
       for (int64_t i = j + ahead; i < j + ahead + here; ++i) {
         if (i < keys) fetch(k + i * p.k.row, p.size);
@@ -60,6 +68,11 @@ class FewQueriesWorker {
   }
 
  private:
+  // How many rows so many bytes have, `row` numbers apart: one at least.
+  static int64_t rows_of(int64_t bytes, int64_t row) {
+    const int64_t each = (row < 0 ? -row : row) * static_cast<int64_t>(sizeof(T));
+    return each > 0 && each < bytes ? bytes / each : 1;
+  }
   static FASTSEQ_INLINE void fetch(const T* row, int64_t size) {
     for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
   }
@@ -99,12 +112,17 @@ class FewQueriesWorker {
 #pragma GCC unroll 16
     for (int n = 0; n < NV; ++n) c[n] = V(0);
     const int64_t ahead = kBytesAhead / (p_->value_size * static_cast<int64_t>(sizeof(T))) + 1;
-    for (int64_t j = keys.begin; j < keys.end; ++j) {
-      const V w = V::broadcast(weights + j);
-      const T* const from = v + j * p_->v.row;
-      if (j + ahead < keys.end) fetch(from + ahead * p_->v.row, NV * V::size);
+    const int64_t page = rows_of(kPage, p_->v.row), to_page = rows_of(kBytesToPage, p_->v.row);
+    for (int64_t j0 = keys.begin; j0 < keys.end; j0 += page) {
+      const int64_t j1 = j0 + page < keys.end ? j0 + page : keys.end;
+      if (j0 + to_page < keys.end) __builtin_prefetch(v + (j0 + to_page) * p_->v.row, 0, 2);
+      for (int64_t j = j0; j < j1; ++j) {
+        const V w = V::broadcast(weights + j);
+        const T* const from = v + j * p_->v.row;
+        if (j + ahead < keys.end) fetch(from + ahead * p_->v.row, NV * V::size);
 #pragma GCC unroll 16
-      for (int n = 0; n < NV; ++n) c[n] = fma(w, NV > 1 ? V::load(from + n * V::size) : V::load(from, valid), c[n]);
+        for (int n = 0; n < NV; ++n) c[n] = fma(w, NV > 1 ? V::load(from + n * V::size) : V::load(from, valid), c[n]);
+      }
     }
 #pragma GCC unroll 16
     for (int n = 0; n < NV; ++n) c[n].store(sums + n * V::size, valid - n * V::size);
