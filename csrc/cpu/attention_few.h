@@ -39,12 +39,13 @@ class FewQueriesWorker {
       memcpy(queries_.get() + r * p.size, p.q.at(first + r / p.queries, r % p.queries), p.size * sizeof(T));
     const T *const k = p.k.at(kv_head, j0), *const v = p.v.at(kv_head, j0);
     const int64_t ahead = kBytesAhead / (p.size * static_cast<int64_t>(sizeof(T))) + 1;
-    const int64_t page = rows_of(kPage, p.k.row), to_page = rows_of(kBytesToPage, p.k.row);
+    const int64_t page = rows_in(kPage, p.k.row), to_page = rows_in(kBytesToPage, p.k.row);
     int64_t next_page = 0;
     for (int64_t j = 0; j < keys; j += kDotColumns<T>) {
       if (j >= next_page) {
         const int64_t far = j + to_page;
-        __builtin_prefetch(far < keys ? k + far * p.k.row : v + (far - keys) % keys * p.v.row, 0, 2);
+        if (far < keys) __builtin_prefetch(k + far * p.k.row, 0, 2);
+        else if (far - keys < keys) __builtin_prefetch(v + (far - keys) * p.v.row, 0, 2);
         next_page += page;
       }
       const int64_t here = keys - j < kDotColumns<T> ? keys - j : kDotColumns<T>;
@@ -69,7 +70,7 @@ class FewQueriesWorker {
 
  private:
   // How many rows so many bytes have, `row` numbers apart: one at least.
-  static int64_t rows_of(int64_t bytes, int64_t row) {
+  static int64_t rows_in(int64_t bytes, int64_t row) {
     const int64_t each = (row < 0 ? -row : row) * static_cast<int64_t>(sizeof(T));
     return each > 0 && each < bytes ? bytes / each : 1;
   }
@@ -112,7 +113,7 @@ class FewQueriesWorker {
 #pragma GCC unroll 16
     for (int n = 0; n < NV; ++n) c[n] = V(0);
     const int64_t ahead = kBytesAhead / (p_->value_size * static_cast<int64_t>(sizeof(T))) + 1;
-    const int64_t page = rows_of(kPage, p_->v.row), to_page = rows_of(kBytesToPage, p_->v.row);
+    const int64_t page = rows_in(kPage, p_->v.row), to_page = rows_in(kBytesToPage, p_->v.row);
     for (int64_t j0 = keys.begin; j0 < keys.end; j0 += page) {
       const int64_t j1 = j0 + page < keys.end ? j0 + page : keys.end;
       if (j0 + to_page < keys.end) __builtin_prefetch(v + (j0 + to_page) * p_->v.row, 0, 2);

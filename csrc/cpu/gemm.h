@@ -149,7 +149,7 @@ FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, i
   for (int64_t k = 0; k < k_size; k += kChain)
     tile<MR, NV, 1, T, fetches>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count, 0,
                                 k_size - k < kChain ? k_size - k : kChain, to, ld, accumulate || k > 0,
-                                ahead + k / count * (64 / static_cast<int64_t>(sizeof(T))));
+                                fetches ? ahead + k / count * (64 / static_cast<int64_t>(sizeof(T))) : nullptr);
   if (columns < width)
     for (int i = 0; i < MR * NV; ++i)
       V::load(sums + i * V::size).store(c + i / NV * ldc + i % NV * V::size, columns - i % NV * V::size);
