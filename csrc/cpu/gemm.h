@@ -128,11 +128,35 @@ void pack_a(const Matrix<T>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_
   }
 }
 
+// The next rows of A, where they lie in columns: their cache lines are asked for a few at a time while the ones before
+// are multiplied, as many as come in meanwhile without keeping the panel's own waiting.
+template <class T>
+struct RowsAhead {
+  static constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  const T* at = nullptr;
+  int64_t column = 0, numbers = 0, done = 0, left = 0, every = 0;  // left: of k
+
+  RowsAhead(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, int64_t calls)
+      : column(a.column), numbers(rows.end - rows.begin < kGemmRows ? rows.end - rows.begin : kGemmRows) {
+    if (a.column == 1 || k_size <= 0) return;
+    at = a.data + rows.begin + k0 * a.column;
+    left = k_size;
+    every = (k_size * ((numbers + line - 1) / line) + calls - 1) / calls;
+  }
+  FASTSEQ_INLINE void ask() {
+    for (int64_t i = 0; i < every && left > 0; ++i) {
+      __builtin_prefetch(at + done, 0, 2);
+      done += line;
+      if (done >= numbers) done = 0, at += column, --left;
+    }
+  }
+};
+
 // c[MR][columns] (+)= a . the first NV vectors of the panel's PV; columns may be fewer.
 template <int MR, int NV, int PV, class T, bool fetches = false>
 FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step, const T* panel,
                               int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns, bool accumulate,
-                              const T* ahead = nullptr) {
+                              RowsAhead<T>& rows_ahead, const T* ahead = nullptr) {
   using V = Vec<Compute<T>>;
   constexpr int width = NV * V::size, panel_width = PV * V::size, count = Terms<T>::count;
   alignas(64) Compute<T> sums[MR * width];
@@ -146,10 +170,12 @@ FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, i
   }
   if (accumulate)  // what is added to comes from far away, in time for the end of the first chain
     for (int i = 0; i < MR; ++i) __builtin_prefetch(to + i * ld, 1);
-  for (int64_t k = 0; k < k_size; k += kChain)
+  for (int64_t k = 0; k < k_size; k += kChain) {
+    rows_ahead.ask();
     tile<MR, NV, 1, T, fetches>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count, 0,
                                 k_size - k < kChain ? k_size - k : kChain, to, ld, accumulate || k > 0,
                                 fetches ? ahead + k / count * (64 / static_cast<int64_t>(sizeof(T))) : nullptr);
+  }
   if (columns < width)
     for (int i = 0; i < MR * NV; ++i)
       V::load(sums + i * V::size).store(c + i / NV * ldc + i % NV * V::size, columns - i % NV * V::size);
@@ -158,18 +184,20 @@ FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, i
 template <int MR, int NV, int PV, class T>
 FASTSEQ_INLINE void gemm_tile_remainder(int64_t rows, const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step,
                                         const T* panel, int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns,
-                                        bool accumulate) {
+                                        bool accumulate, RowsAhead<T>& rows_ahead) {
   if constexpr (MR > 0) {
-    if (rows == MR) return gemm_tile<MR, NV, PV, T>(a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate);
-    gemm_tile_remainder<MR - 1, NV, PV, T>(rows, a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate);
+    if (rows == MR)
+      return gemm_tile<MR, NV, PV, T>(a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate, rows_ahead);
+    gemm_tile_remainder<MR - 1, NV, PV, T>(
+        rows, a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate, rows_ahead);
   }
 }
 
-// Some rows of C against some panels of one block of K.
+// Some rows of C against some panels of one block of K; the next one has k_next.
 template <class T>
-void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, const T* panels, int64_t panel_stride,
-                Range columns, int64_t n, typename Terms<T>::Left* a_memory, bool accumulate, Compute<T>* c,
-                int64_t ldc) {
+void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, int64_t k_next, const T* panels,
+                int64_t panel_stride, Range columns, int64_t n, typename Terms<T>::Left* a_memory, bool accumulate,
+                Compute<T>* c, int64_t ldc) {
   using Shape = PanelShape<T, 1>;
   constexpr int NV = Shape::vectors, MR = tile_rows(NV), count = Terms<T>::count;
   const bool packed = packs(a);
@@ -180,6 +208,9 @@ void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, cons
   for (int64_t i0 = rows.begin; i0 < rows.end; i0 += kGemmRows) {
     const int64_t here = rows.end - i0 < kGemmRows ? rows.end - i0 : kGemmRows;
     if (packed) pack_a<MR>(a, i0, here, k0, k_size, a_memory);
+    const int64_t calls = (columns.end - columns.begin) * ((here + MR - 1) / MR) * ((k_size + kChain - 1) / kChain);
+    RowsAhead<T> rows_ahead = i0 + kGemmRows < rows.end ? RowsAhead<T>(a, {i0 + kGemmRows, rows.end}, k0, k_size, calls)
+                                                        : RowsAhead<T>(a, rows, k0 + k_size, k_next, calls);
     for (int64_t j = columns.begin; j < columns.end; ++j) {
       const T* panel = panels + j * panel_stride;
       Compute<T>* to = c + i0 * ldc + j * Shape::width;
@@ -193,12 +224,13 @@ void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, cons
           }
           if (far && i / MR < lines && here - i >= MR && j + 1 < columns.end) {
             gemm_tile<MR, vectors, NV, T, true>(from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid,
-                                                accumulate, panel + panel_stride + i / MR * steps * line);
+                                                accumulate, rows_ahead, panel + panel_stride + i / MR * steps * line);
           } else if (here - i >= MR) {
-            gemm_tile<MR, vectors, NV, T>(from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate);
+            gemm_tile<MR, vectors, NV, T>(
+                from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate, rows_ahead);
           } else {
             gemm_tile_remainder<MR - 1, vectors, NV, T>(
-                here - i, from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate);
+                here - i, from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate, rows_ahead);
           }
         }
       });
@@ -289,7 +321,8 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
         if (share_rows) barrier.wait(share);
         block = to;
       }
-      gemm_block(a, rows, k0, k_size, block, layout.panel_stride, columns, n, a_all + member * a_numbers,
+      const int64_t after = k - k0 - k_size, k_next = after < depth ? after : depth;
+      gemm_block(a, rows, k0, k_size, k_next, block, layout.panel_stride, columns, n, a_all + member * a_numbers,
                  accumulate || k0 > 0, c, ldc);
     }
   });
