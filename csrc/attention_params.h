@@ -64,7 +64,9 @@ struct AttentionDropout {
   uint32_t threshold = 0;  // 0: none
   uint64_t seed = 0;
 
-  double kept() const { return 65536.0 / (65536 - threshold); }  // what the others are multiplied with
+  double kept() const {  // what the others are multiplied with
+    return threshold < 65536 ? 65536.0 / (65536 - threshold) : 0;
+  }
 };
 
 // Entries of no more queries than this go another way through the forward kernel, which reads keys where they lie.

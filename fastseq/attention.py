@@ -49,8 +49,9 @@ def scaled_dot_product_attention(
         attn_mask: broadcastable to (..., N, L, S): bool, False where a query does not see a key; or of floating-point
             numbers, which are added to the scores, in query's dtype, and differentiable.
         dropout_p: each probability is 0 with this probability, in steps of 2⁻¹⁶, and the others are divided by
-            1 - dropout_p (Srivastava et al., "Dropout", 2014). Which ones are is a function of one number that is drawn
-            from torch's generator, so `torch.manual_seed` repeats them; no mask is kept for backward.
+            1 - dropout_p (Srivastava et al., "Dropout", 2014); at 1 the output is 0. Which ones are is a function of
+            one number that is drawn from torch's generator, so `torch.manual_seed` repeats them; no mask is kept for
+            backward.
         is_causal: query i sees key j where j ≤ i. Not with `attn_mask`, as in torch.
         scale: None means 1/√D.
         enable_gqa: key and value may have N_kv heads, N a multiple of it: query head n reads head n·N_kv/N.
@@ -182,8 +183,8 @@ def attention_options(
     key_lengths: Tensor | None = None,
 ) -> AttentionOptions:
     """The operators' options from the functions' arguments, which are checked."""
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be within [0, 1); got {dropout_p}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be within [0, 1]; got {dropout_p}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, or None for none; got {softcap}")
     if causal_alignment != "top_left" and causal_alignment != "bottom_right":

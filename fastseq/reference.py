@@ -467,12 +467,12 @@ def philox(counter: Sequence[Tensor], seed: Tensor) -> list[Tensor]:
 
 
 def dropout_multipliers(seed: Tensor, p: float, heads: Tensor, queries: Tensor, keys: int) -> Tensor:
-    """(B, N, L, S): 0 with probability p, in steps of 2⁻¹⁶, else 1 / (1 - p).
+    """(B, N, L, S): 0 with probability p, in steps of 2⁻¹⁶, else 1 / (1 - p); all are 0 for p = 1 only.
 
     Srivastava et al., "Dropout: a simple way to prevent neural networks from overfitting", 2014. A function of the
     seed, the head's number (B, N, 1) in the batch, and the numbers of query (L) and key: `csrc/random.h` says which.
     """
-    threshold = min(round(p * 65536), 65535)
+    threshold = 65536 if p == 1 else min(round(p * 65536), 65535)
     groups = -(-keys // 128)
     column = torch.arange(groups * 16, device=seed.device)
     head, query = heads[..., None], queries[:, None]
@@ -480,4 +480,4 @@ def dropout_multipliers(seed: Tensor, p: float, heads: Tensor, queries: Tensor, 
     words = philox([zero + column, zero + query, zero + head, zero], seed)
     bits = torch.stack([(w >> shift) & 0xFFFF for w in words for shift in (0, 16)], -2)  # (B, N, L, 8, groups · 16)
     bits = bits.unflatten(-1, (groups, 16)).movedim(-2, -3).flatten(-3)[..., :keys]
-    return (bits >= threshold).double() * (65536 / (65536 - threshold))
+    return (bits >= threshold).double() * (65536 / max(65536 - threshold, 1))

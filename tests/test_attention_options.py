@@ -39,7 +39,7 @@ def test_any_options_together(trial, kind, dtype):
     tensors = [torch.randn(s).to(dtype) for s in ((batch, N, L, D), (batch, N_kv, S, D), (batch, N_kv, S, Dv))]
     masks = [None] if kind == "starts" else [None, torch.rand(B, 1, L, S) < 0.7, torch.randn(N, L, S).to(dtype)]
     low, high = pick([(None, None), (None, 0), (-7, 3), (-100, 20)])
-    dropout_p = pick([0.0, 0.3])
+    dropout_p = pick([0.0, 0.0, 0.3, 0.3, 1.0])
     options = PLAIN._replace(
         attn_mask=pick(masks),
         alibi_slopes=pick([None, torch.rand(N), torch.rand(B, N)]),
@@ -112,6 +112,17 @@ def test_philox():
     ):
         got = reference.philox([torch.tensor([c]) for c in counter], torch.tensor([seed]))
         assert [int(t) for t in got] == want
+
+
+@pytest.mark.parametrize("L", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_is_dropped_as_by_torch(dtype, L):
+    tensors = [torch.randn(2, 4, n, 8, dtype=dtype, requires_grad=True) for n in (L, 70, 70)]
+    out, lse = sdpa(*tensors, dropout_p=1.0, return_lse=True)
+    assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(*tensors, dropout_p=1.0))
+    assert torch.equal(lse, sdpa(*tensors, return_lse=True)[1])
+    for gradient in torch.autograd.grad(out.sum(), tensors):
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -289,7 +300,7 @@ def test_bad_arguments_of_the_operator():
         ({"query_starts": STARTS}, "must be given together"),
         ({"query_starts": STARTS, "key_starts": STARTS}, "of one batch entry, .*got 2"),
         ({"dropout_p": 0.5}, "dropout_seed must be one int64"),
-        ({"dropout_p": 1.0}, "within \\[0, 1\\)"),
+        ({"dropout_p": 1.5}, "within \\[0, 1\\]"),
         ({"softcap": -1.0}, "softcap must not be negative; got -1"),
     ):
         with pytest.raises(RuntimeError, match=message):

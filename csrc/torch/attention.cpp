@@ -178,13 +178,14 @@ void fill(Attention<T, A>& p, const Inputs& in, const AttentionOptions& options)
   TORCH_CHECK(options.softcap >= 0, "softcap must not be negative; got ", options.softcap);
   p.softcap = options.softcap;
   TORCH_CHECK(
-      options.dropout_p >= 0 && options.dropout_p < 1, "dropout_p must be within [0, 1); got ", options.dropout_p);
+      options.dropout_p >= 0 && options.dropout_p <= 1, "dropout_p must be within [0, 1]; got ", options.dropout_p);
   if (options.dropout_p > 0) {
     const OptionalTensor& seed = options.dropout_seed;
     TORCH_CHECK(seed && seed->numel() == 1 && seed->scalar_type() == at::kLong,
                 "dropout_seed must be one int64 number where dropout_p > 0");
-    // In steps of 2^-16, and never all.
-    p.dropout.threshold = static_cast<uint32_t>(std::min(65535.0, std::nearbyint(options.dropout_p * 65536)));
+    // In steps of 2^-16, and all only for 1.
+    const double most = options.dropout_p < 1 ? 65535 : 65536;
+    p.dropout.threshold = static_cast<uint32_t>(std::min(most, std::nearbyint(options.dropout_p * 65536)));
     p.dropout.seed = static_cast<uint64_t>(seed->item<int64_t>());
   }
   p.threads = at::get_num_threads();
