@@ -104,6 +104,14 @@ def test_a_gradient_that_hangs_on_the_last_bits():
     assert not seen.passed and seen.message.endswith("differs"), str(seen)
 
 
+@pytest.mark.parametrize("check", [testing.check_forward, testing.check_reference])
+def test_a_reference_that_is_not_finite_bounds_nothing(check):
+    problem = Case("gru", dtype=torch.float32).problem()
+    problem.weights[1][0, 0] = float("nan")
+    result = check(problem)
+    assert not result.passed, str(result)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("case", each(case for case in [*sized_cases(), *long_cases()] if case.B * case.H > 100))
 def test_on_several_threads(case, threads):

@@ -293,7 +293,7 @@ def _check(name: str, body: Callable[..., _Found], subject: Any, op: Op, **optio
     prepared = subject if isinstance(subject, _Prepared) else _prepare(subject, op)
     try:
         error, bound, message = body(prepared.problem, prepared.op, **options)
-        passed = math.isnan(error) or error <= bound
+        passed = math.isnan(error) or error <= bound < math.inf  # what is not finite bounds nothing
         if not passed:
             message = f"{message} differs"
     except _Failure as failure:
@@ -467,4 +467,6 @@ def _worst(actual: dict[str, Tensor], expected: dict[str, Tensor], allowance: di
 
 def _share(found: _Found) -> float:
     error, bound, _ = found
-    return error / bound if bound else math.inf if error else 0.0
+    if 0 < bound < math.inf:
+        return error / bound
+    return 0.0 if error == 0 == bound else math.inf
