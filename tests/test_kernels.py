@@ -72,6 +72,7 @@ def test_against_the_oracle(case, kernel_calls):
             d_exact = {d: gradient.double() for d, gradient in d_outputs.items()}
             moves = moves or sensitivity(problem, partial(run_with_gradients, op=reference.rnn, d_outputs=d_exact))
             bound += moves[name]
+            assert np.isfinite(bound), f"{name} of {problem.case}"
         np.testing.assert_allclose(actual, exact, rtol=0, atol=float(bound), err_msg=f"{name} of {problem.case}")
 
 

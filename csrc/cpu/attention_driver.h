@@ -62,7 +62,7 @@ static_assert(kKeyBlock % kTermBlock == 0 && kQueryBlock % kTileRows == 0, "bloc
 // A block of scores: rows begin a cache line further than a power of two, or their columns would share one set of it.
 template <class A>
 constexpr int64_t score_stride(int64_t keys) {
-  return keys + 64 / static_cast<int64_t>(sizeof(A));
+  return keys + kLineNumbers<A>;
 }
 
 template <class T>

@@ -75,7 +75,7 @@ class FewQueriesWorker {
     return each > 0 && each < bytes ? bytes / each : 1;
   }
   static FASTSEQ_INLINE void fetch(const T* row, int64_t size) {
-    for (int64_t i = 0; i < size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i);
+    for (int64_t i = 0; i < size; i += kLineNumbers<T>) __builtin_prefetch(row + i);
   }
 
   void row(int64_t n, int64_t i, const T* v, int64_t j0, int64_t keys, A* s, SoftmaxState<A> state) {

@@ -132,7 +132,6 @@ void pack_a(const Matrix<T>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_
 // are multiplied, as many as come in meanwhile without keeping the panel's own waiting.
 template <class T>
 struct RowsAhead {
-  static constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
   const T* at = nullptr;
   int64_t column = 0, numbers = 0, done = 0, left = 0, every = 0;  // left: of k
 
@@ -141,12 +140,12 @@ struct RowsAhead {
     if (a.column == 1 || k_size <= 0) return;
     at = a.data + rows.begin + k0 * a.column;
     left = k_size;
-    every = (k_size * ((numbers + line - 1) / line) + calls - 1) / calls;
+    every = (k_size * ((numbers + kLineNumbers<T> - 1) / kLineNumbers<T>)+calls - 1) / calls;
   }
   FASTSEQ_INLINE void ask() {
     for (int64_t i = 0; i < every && left > 0; ++i) {
       __builtin_prefetch(at + done, 0, 2);
-      done += line;
+      done += kLineNumbers<T>;
       if (done >= numbers) done = 0, at += column, --left;
     }
   }
@@ -174,7 +173,7 @@ FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, i
     rows_ahead.ask();
     tile<MR, NV, 1, T, fetches>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count, 0,
                                 k_size - k < kChain ? k_size - k : kChain, to, ld, accumulate || k > 0,
-                                fetches ? ahead + k / count * (64 / static_cast<int64_t>(sizeof(T))) : nullptr);
+                                fetches ? ahead + k / count * kLineNumbers<T> : nullptr);
   }
   if (columns < width)
     for (int i = 0; i < MR * NV; ++i)
@@ -201,7 +200,7 @@ void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, int6
   using Shape = PanelShape<T, 1>;
   constexpr int NV = Shape::vectors, MR = tile_rows(NV), count = Terms<T>::count;
   const bool packed = packs(a);
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T)), lines = Shape::width * count / line;
+  constexpr int64_t line = kLineNumbers<T>, lines = Shape::width * count / line;
   const bool far = (columns.end - columns.begin) * panel_stride * static_cast<int64_t>(sizeof(T)) >= kBytesFar;
   const int64_t steps = (k_size + count - 1) / count;
   const int64_t a_row = packed ? count : a.row, a_step = packed ? MR * count : count;

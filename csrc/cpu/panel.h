@@ -168,7 +168,7 @@ FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_
   };
   const int64_t steps = (k_size + Step::count - 1) / Step::count;
   for (int64_t s = 0; s < steps; ++s) {
-    if constexpr (fetches) __builtin_prefetch(ahead + s * (64 / static_cast<int64_t>(sizeof(T))), 0, 2);
+    if constexpr (fetches) __builtin_prefetch(ahead + s * kLineNumbers<T>, 0, 2);
     add(Part<0>{}, s);
     if constexpr (Step::parts == 2) add(Part<1>{}, s);
   }
@@ -261,7 +261,7 @@ void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, 
           const bool last = k0 + k_size == pieces[p].size && p + 1 == pieces_n;
           const T* const ahead = last ? next : panel + k_size / count * panel_step;
           // A line at each step: so many rows ask for all of a chain.
-          constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T)), lines = width * count / line;
+          constexpr int64_t line = kLineNumbers<T>, lines = width * count / line;
           for (; r + MR <= rows && r < lines * MR; r += MR)
             tile<MR, NV, 1, T, true>(columns + r * ld, ld, count, panel, panel_step, 0, k_size, sums + r * width, width,
                                      accumulate, ahead + r / MR * (kChain / count) * line);

@@ -31,6 +31,9 @@ struct VecTraits<double> {
 template <class T>
 using Compute = Computed<T>;
 
+template <class T>
+constexpr int64_t kLineNumbers = 64 / sizeof(T);  // in a cache line
+
 FASTSEQ_INLINE float to_compute(bfloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float out;

@@ -337,6 +337,7 @@ def _reference(problem: Problem, op: Op) -> _Found:
 
 
 def outputs_and_gradients(problem: Problem, op: Op) -> dict[str, Tensor]:
+    """By name, of a problem of leaves, for gradients of the outputs that the case's seed draws."""
     with torch.enable_grad():
         outputs = problem.run(op)
         return outputs | problem.gradients(outputs, _random_gradients(problem, outputs))
