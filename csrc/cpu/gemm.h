@@ -140,7 +140,8 @@ struct RowsAhead {
     if (a.column == 1 || k_size <= 0) return;
     at = a.data + rows.begin + k0 * a.column;
     left = k_size;
-    every = (k_size * ((numbers + kLineNumbers<T> - 1) / kLineNumbers<T>)+calls - 1) / calls;
+    const int64_t lines = (numbers + kLineNumbers<T> - 1) / kLineNumbers<T>;
+    every = (k_size * lines + calls - 1) / calls;
   }
   FASTSEQ_INLINE void ask() {
     for (int64_t i = 0; i < every && left > 0; ++i) {
