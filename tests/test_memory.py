@@ -1,7 +1,10 @@
 """Memory that is kept from call to call."""
 
+import os
 import re
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,29 @@ def test_a_call_makes_no_fresh_pages_and_empty_cache_gives_them_back():
     fastseq.empty_cache()
     assert full - resident() > reserve / 2
     train(layer, x)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux counts pages")
+def test_it_gives_them_back_where_malloc_would_keep_them():
+    script = """if True:
+        import torch, fastseq
+        from tests.test_memory import resident, train
+        layer, x = fastseq.GRU(128, 128), torch.randn(300, 32, 128)
+        train(layer, x)
+        full = resident()
+        fastseq.empty_cache()
+        print(full - resident())"""
+    # As after a program has freed blocks of this size: glibc then takes them from its heap.
+    keeps = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, **keeps},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) > 300 * 32 * 128 * 4 * (1 + _C.cells()["gru"]["kept"]) / 2
 
 
 def test_lengths_that_vary_find_one_anothers_blocks():

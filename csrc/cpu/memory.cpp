@@ -11,6 +11,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 namespace fastseq::cpu {
 
@@ -104,6 +107,10 @@ std::size_t kept_bytes() {
 void release_kept_blocks() {
   const std::unique_lock<std::timed_mutex> lock(idle.mutex, kPatience);
   while (lock && idle.count > 0) std::free(idle.remove(0).data);
+#if defined(__GLIBC__)
+  // glibc itself keeps blocks of up to 32 MiB once one of the size has been freed.
+  malloc_trim(0);
+#endif
 }
 
 void poison_blocks(bool poison) { poisoned.store(poison, std::memory_order_relaxed); }
