@@ -14,7 +14,7 @@ struct Heads {
   T* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;  // numbers from one to the next
 
-  T* at(int64_t n, int64_t r) const { return data + n * head + r * row; }
+  constexpr T* at(int64_t n, int64_t r) const { return data + n * head + r * row; }
 };
 
 // A number for each query, (B, N, L); those of a head lie side by side.
@@ -23,7 +23,7 @@ struct RowNumbers {
   A* data = nullptr;
   int64_t batch = 0, head = 0;
 
-  A* of(int64_t n) const { return data + n * head; }
+  constexpr A* of(int64_t n) const { return data + n * head; }
 };
 
 // What a score is masked with, (B, N, L, S) by any strides, 0 where it is broadcast. At most one of the two is there.
@@ -33,7 +33,7 @@ struct AttentionMask {
   const T* bias = nullptr;           // is added to the score
   int64_t batch = 0, head = 0, row = 0, column = 0;
 
-  bool present() const { return visible || bias; }
+  constexpr bool present() const { return visible || bias; }
 };
 
 // Query i sees key j where low <= j - i <= high: what causal and windowed attention are. Far beyond any size at a side
@@ -43,8 +43,10 @@ struct Band {
   int64_t low = -kOpen, high = kOpen;
 
   // Of keys [0, keys), those that query i sees: [first, end).
-  int64_t first(int64_t i, int64_t keys) const { return i + low < 0 ? 0 : i + low < keys ? i + low : keys; }
-  int64_t end(int64_t i, int64_t keys) const { return i + high < 0 ? 0 : i + high < keys ? i + high + 1 : keys; }
+  constexpr int64_t first(int64_t i, int64_t keys) const { return i + low < 0 ? 0 : i + low < keys ? i + low : keys; }
+  constexpr int64_t end(int64_t i, int64_t keys) const {
+    return i + high < 0 ? 0 : i + high < keys ? i + high + 1 : keys;
+  }
 };
 
 // The rows of batch entry b where they differ: either [starts[b], starts[b + 1]) of one sequence that holds all, or
@@ -53,8 +55,8 @@ struct Ragged {
   const int64_t* starts = nullptr;
   const int64_t* lengths = nullptr;
 
-  int64_t first(int64_t b) const { return starts ? starts[b] : 0; }
-  int64_t count(int64_t b, int64_t all) const {
+  constexpr int64_t first(int64_t b) const { return starts ? starts[b] : 0; }
+  constexpr int64_t count(int64_t b, int64_t all) const {
     return starts ? starts[b + 1] - starts[b] : lengths ? lengths[b] : all;
   }
 };
@@ -64,7 +66,7 @@ struct AttentionDropout {
   uint32_t threshold = 0;  // 0: none
   uint64_t seed = 0;
 
-  double kept() const {  // what the others are multiplied with
+  constexpr double kept() const {  // what the others are multiplied with
     return threshold < 65536 ? 65536.0 / (65536 - threshold) : 0;
   }
 };

@@ -13,6 +13,26 @@ namespace fastseq {
 struct bfloat16 {
   uint16_t bits;
 };
+// IEEE 754 binary16; of it there are kernels on CUDA alone.
+struct float16 {
+  uint16_t bits;
+};
+
+// What kernels compute in, and give sums in, for numbers that are stored as T.
+template <class T>
+struct ComputedIn {
+  using type = T;
+};
+template <>
+struct ComputedIn<bfloat16> {
+  using type = float;
+};
+template <>
+struct ComputedIn<float16> {
+  using type = float;
+};
+template <class T>
+using Computed = typename ComputedIn<T>::type;
 
 // Which rows are alive at a step. Rows are sorted by length, longest first, so the rows alive at step t are the first
 // rows(t) ones, and the data of all steps lie one after another without padding (torch's PackedSequence). This is the
@@ -24,9 +44,9 @@ struct Schedule {
   const int64_t* offsets = nullptr;      // (T+1,) running sum of batch_sizes; null when dense
   int64_t padded_steps = 0;              // T of the caller's padded batch, where no row may be that long
 
-  int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
-  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
-  int64_t total_rows() const { return offset(steps); }
+  constexpr int64_t rows(int64_t t) const { return batch_sizes ? batch_sizes[t] : batch; }
+  constexpr int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * batch; }
+  constexpr int64_t total_rows() const { return offset(steps); }
   // What the order of sums may depend on: not on how long the other rows are.
   int64_t nominal_steps() const { return padded_steps > steps ? padded_steps : steps; }
 };
@@ -63,7 +83,7 @@ struct RnnLayer {
   const T* c0 = nullptr;  // (D, B, H) or null for zeros
   int threads = 1;
 
-  int64_t out_size() const { return proj_size ? proj_size : hidden_size; }
+  constexpr int64_t out_size() const { return proj_size ? proj_size : hidden_size; }
 };
 
 template <class T>

@@ -12,17 +12,7 @@ namespace fastseq::cpu {
 
 constexpr int kCells = static_cast<int>(CellKind::count);
 
-// What kernels compute in, and give sums in, for numbers that are stored as T.
-template <class T>
-struct ComputedIn {
-  using type = T;
-};
-template <>
-struct ComputedIn<bfloat16> {
-  using type = float;
-};
-template <class T>
-using Computed = typename ComputedIn<T>::type;
+using fastseq::Computed;
 
 template <class T>
 struct TypedKernels {

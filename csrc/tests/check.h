@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -14,7 +15,7 @@
 
 namespace fastseq::test {
 
-// A number to calculate with, and back; bfloat16 has no arithmetic of its own.
+// A number to calculate with, and back; those of 16 bits have no arithmetic of their own.
 template <class T>
 T value(T x) {
   return x;
@@ -24,6 +25,13 @@ inline float value(bfloat16 x) {
   float out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
+}
+inline float value(float16 x) {
+  const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
+  float size = std::ldexp(static_cast<float>(exponent ? mantissa + 1024 : mantissa), (exponent ? exponent : 1) - 25);
+  if (exponent == 31)
+    size = mantissa ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
+  return x.bits >> 15 ? -size : size;
 }
 template <class T>
 T number(double x) {
@@ -37,10 +45,30 @@ inline bfloat16 number<bfloat16>(double x) {  // to nearest, ties to even
   if (std::isnan(rounded)) return {0x7fc0};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+template <>
+inline float16 number<float16>(double x) {
+  const int sign = std::signbit(x) ? 0x8000 : 0;
+  const double size = std::fabs(x);
+  int exponent;
+  if (std::isnan(x)) return {0x7e00};
+  if (size >= 65520) return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (size < 0x1p-14) return {static_cast<uint16_t>(sign | static_cast<int>(std::nearbyint(std::ldexp(size, 24))))};
+  const int mantissa = static_cast<int>(std::nearbyint(std::ldexp(std::frexp(size, &exponent), 11)));
+  return {static_cast<uint16_t>(sign | (((exponent + 14) << 10) + mantissa - 1024))};
+}
 template <class T>
 T quiet_nan() {
   return number<T>(std::numeric_limits<double>::quiet_NaN());
 }
+
+// Where the numbers of a test are: kernels of another device may not see all of the host's memory.
+#if defined(FASTSEQ_TEST_ALLOCATOR)
+template <class T>
+using Allocator = FASTSEQ_TEST_ALLOCATOR<T>;
+#else
+template <class T>
+using Allocator = std::allocator<T>;
+#endif
 
 // n numbers between two fences. Fences and fresh contents are NaN: a kernel that reads past an end, or leaves an output
 // unwritten, shows it in its results. The odd fence also puts the numbers where no vector load is aligned.
@@ -70,7 +98,7 @@ class Guarded {
 #else
   static constexpr size_t kFence = 37;
 #endif
-  std::vector<T> storage_;
+  std::vector<T, Allocator<T>> storage_;
   int64_t size_ = 0;
 };
 

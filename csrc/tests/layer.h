@@ -10,7 +10,19 @@
 
 namespace fastseq::test {
 
-using cpu::Kernels;
+// Those of the CPU, or others in their place. What is null is not there and not tested.
+struct Kernels : cpu::Kernels {
+  cpu::TypedKernels<float16> f16{};
+
+  template <class T>
+  const cpu::TypedKernels<T>& typed() const {
+    if constexpr (std::is_same_v<T, float16>) {
+      return f16;
+    } else {
+      return cpu::Kernels::typed<T>();
+    }
+  }
+};
 
 struct Shape {
   int64_t T, B, I, H;
