@@ -28,3 +28,16 @@ FASTSEQ_INLINE void dropout_counters(int64_t head, int64_t query, int64_t key, u
     words[1][l] = static_cast<uint32_t>(query), words[2][l] = static_cast<uint32_t>(head), words[3][l] = 0;
   }
 }
+
+// Of one score: the words of its counter, which 8 keys share, and its number among them.
+FASTSEQ_INLINE void dropout_words(int64_t head, int64_t query, int64_t key, uint64_t seed, uint32_t (&words)[4][1]) {
+  words[0][0] = static_cast<uint32_t>(key / kDropoutKeys * kDropoutLanes + key % kDropoutLanes);
+  words[1][0] = static_cast<uint32_t>(query), words[2][0] = static_cast<uint32_t>(head), words[3][0] = 0;
+  philox(words, seed);
+}
+FASTSEQ_INLINE uint32_t dropout_number(const uint32_t (&words)[4][1], int64_t key) {
+  const int number = static_cast<int>(key % kDropoutKeys) / kDropoutLanes, w = number / 2;
+  // No index that is not a constant: registers have none.
+  const uint32_t word = w < 2 ? w == 0 ? words[0][0] : words[1][0] : w == 2 ? words[2][0] : words[3][0];
+  return word >> (16 * (number % 2)) & 0xffff;
+}

@@ -1,5 +1,4 @@
-// What the forward and the backward of attention share: the entries of a batch, and blocks of queries against blocks of
-// keys and their products.
+// What the forward and the backward of attention share: blocks of queries against blocks of keys and their products.
 //
 // A product with the scores is one of
 //   S (rows, keys)  = Q K^T     K in panels, transposed: [panel][D][lanes], zero past the last key
@@ -9,49 +8,6 @@
 // rounded. Sums are pieces of kTermBlock terms, added in order, from a block's first key on, so a row's bits do not
 // depend on the batch, its place in it or the threads.
 #pragma once
-
-template <class T>
-void move(T*& data, int64_t numbers) {
-  if (data) data += numbers;
-}
-template <class T>
-void move(Heads<T>& heads, int64_t b, int64_t row) {
-  move(heads.data, b * heads.batch + row * heads.row);
-}
-template <class A>
-void move(RowNumbers<A>& numbers, int64_t b, int64_t row) {
-  move(numbers.data, b * numbers.batch + row);
-}
-
-// Parameters of batch entry b alone.
-template <class T, class A>
-void select(Attention<T, A>& p, int64_t b) {
-  const int64_t key = p.ragged_keys.first(b);
-  move(p.q, b, p.ragged_queries.first(b)), move(p.k, b, key), move(p.v, b, key);
-  move(p.mask.visible, b * p.mask.batch), move(p.mask.bias, b * p.mask.batch);
-  move(p.slopes, b * p.slopes_batch);
-  p.queries = p.ragged_queries.count(b, p.queries), p.keys = p.ragged_keys.count(b, p.keys);
-  p.first_head = b * p.heads;
-  if (p.from_end) p.diagonal = p.keys - p.queries, p.band.low += p.diagonal, p.band.high += p.diagonal;
-}
-template <class T, class A>
-void select(AttentionForward<T, A>& p, int64_t b) {
-  const int64_t query = p.ragged_queries.first(b);
-  move(p.out, b, query), move(p.lse, b, query);
-  select(static_cast<Attention<T, A>&>(p), b);
-}
-template <class T, class A>
-void select(AttentionBackward<T, A>& p, int64_t b) {
-  const int64_t query = p.ragged_queries.first(b), key = p.ragged_keys.first(b);
-  move(p.out, b, query), move(p.d_out, b, query), move(p.lse, b, query), move(p.d_lse, b, query);
-  move(p.dq, b, query), move(p.dk, b, key), move(p.dv, b, key);
-  select(static_cast<Attention<T, A>&>(p), b);
-}
-template <class P>
-P entry(P p, int64_t b) {
-  select(p, b);
-  return p;
-}
 
 constexpr int64_t kQueryBlock = 48;  // a whole number of tiles
 constexpr int64_t kKeyBlock = 512;

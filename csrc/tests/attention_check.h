@@ -129,8 +129,8 @@ class AttentionProblem {
   const AttentionShape s;
   Guarded<T> q, k, v, d_out, bias;
   Guarded<A> d_lse, slopes;
-  std::vector<int64_t> query_lengths, key_lengths;
-  std::vector<uint8_t> visible;
+  std::vector<int64_t, Allocator<int64_t>> query_lengths, key_lengths;
+  std::vector<uint8_t, Allocator<uint8_t>> visible;
   int64_t mask_rows = 0, mask_columns = 0, mask_heads = 0;
 
  private:
@@ -252,59 +252,65 @@ struct AttentionOracle {
   }
 };
 
+// `other_threads`: with how many more threads the same bits are asked for.
+template <class T>
+void check_attention_shape(Report& report, const cpu::TypedKernels<T>& kernels, double epsilon, double bound,
+                           const AttentionShape& s, uint64_t seed, const std::vector<int>& other_threads) {
+  using P = AttentionProblem<T>;
+  const P problem(s, seed);
+  const AttentionResults<T> got = run_attention(kernels, problem, 1);
+  const AttentionOracle<T> want(problem);
+  // Rows: what lies between them, and rows that are not there, are as they were, the rest near.
+  const auto rows = [&](const char* what, const Guarded<T>& y, const std::vector<long double>& expected, int64_t size,
+                        const std::vector<bool>& there) {
+    double largest = 1;
+    for (long double x : expected) largest = std::max(largest, static_cast<double>(std::fabs(x)));
+    report.check(y.intact(), what, [] { return "written outside its bounds"; });
+    int64_t wrong = 0;
+    for (int64_t j = 0; j < y.size(); ++j) {
+      const double x = value(y[j]);
+      const bool gap = j % P::row(size) >= size || !there[j / P::row(size)];
+      wrong += gap ? !std::isnan(x) : !(std::fabs(x - static_cast<double>(expected[j])) <= bound * epsilon * largest);
+    }
+    report.check(wrong == 0, what, [&] {
+      return "expected within " + std::to_string(bound) + " epsilon, and nothing between the rows; got " +
+             std::to_string(wrong) + " wrong of " + std::to_string(y.size());
+    });
+  };
+  rows("out", got.out, want.out, s.Dv, want.queries);
+  rows("dq", got.dq, want.dq, s.D, want.queries);
+  rows("dk", got.dk, want.dk, s.D, want.keys);
+  rows("dv", got.dv, want.dv, s.Dv, want.keys);
+  const double epsilon_of_sums = std::max(epsilon * (sizeof(T) == 2 ? 0x1p-16 : 1), 0x1p-52);
+  for (int64_t j = 0; j < got.lse.size(); ++j)
+    report.check(!want.queries[j] ? std::isnan(got.lse[j])
+                 : want.seen[j]   ? std::fabs(got.lse[j] - static_cast<double>(want.lse[j])) <= 64 * epsilon_of_sums
+                                  : std::isinf(got.lse[j]) && got.lse[j] < 0,
+                 "lse", [&] { return "element " + std::to_string(j) + " got " + std::to_string(got.lse[j]); });
+  if (got.d_mask.size()) {
+    report.written("d_mask", got.d_mask);
+    report.near("d_mask", got.d_mask, want.d_mask, bound * epsilon * std::max<int64_t>(s.L, 8));
+  }
+  for (int threads : other_threads) {
+    const AttentionResults<T> other = run_attention(kernels, problem, threads);
+    const std::string with = " with " + std::to_string(threads) + " threads";
+    report.same_bits("out" + with, other.out, got.out);
+    report.same_bits("lse" + with, other.lse, got.lse);
+    report.same_bits("dq" + with, other.dq, got.dq);
+    report.same_bits("dk" + with, other.dk, got.dk);
+    report.same_bits("dv" + with, other.dv, got.dv);
+    report.same_bits("d_mask" + with, other.d_mask, got.d_mask);
+  }
+}
+
 template <class T>
 void check_attention(Report& report, const cpu::TypedKernels<T>& kernels, double epsilon, double bound, bool quick) {
-  using P = AttentionProblem<T>;
   const std::string of = report.where;
   const int all = sizeof(kAttentionShapes) / sizeof(kAttentionShapes[0]);
   for (int i = 0; i < all; ++i) {
     if (quick && i >= kQuickAttentionShapes && i < all - kQuickOptionShapes) continue;
-    const AttentionShape& s = kAttentionShapes[i];
     report.where = of + ", attention shape " + std::to_string(i);
-    const P problem(s, 1000 + i);
-    const AttentionResults<T> got = run_attention(kernels, problem, 1);
-    const AttentionOracle<T> want(problem);
-    // Rows: what lies between them, and rows that are not there, are as they were, the rest near.
-    const auto rows = [&](const char* what, const Guarded<T>& y, const std::vector<long double>& expected, int64_t size,
-                          const std::vector<bool>& there) {
-      double largest = 1;
-      for (long double x : expected) largest = std::max(largest, static_cast<double>(std::fabs(x)));
-      report.check(y.intact(), what, [] { return "written outside its bounds"; });
-      int64_t wrong = 0;
-      for (int64_t j = 0; j < y.size(); ++j) {
-        const double x = value(y[j]);
-        const bool gap = j % P::row(size) >= size || !there[j / P::row(size)];
-        wrong += gap ? !std::isnan(x) : !(std::fabs(x - static_cast<double>(expected[j])) <= bound * epsilon * largest);
-      }
-      report.check(wrong == 0, what, [&] {
-        return "expected within " + std::to_string(bound) + " epsilon, and nothing between the rows; got " +
-               std::to_string(wrong) + " wrong of " + std::to_string(y.size());
-      });
-    };
-    rows("out", got.out, want.out, s.Dv, want.queries);
-    rows("dq", got.dq, want.dq, s.D, want.queries);
-    rows("dk", got.dk, want.dk, s.D, want.keys);
-    rows("dv", got.dv, want.dv, s.Dv, want.keys);
-    const double epsilon_of_sums = std::max(epsilon * (sizeof(T) == 2 ? 0x1p-16 : 1), 0x1p-52);
-    for (int64_t j = 0; j < got.lse.size(); ++j)
-      report.check(!want.queries[j] ? std::isnan(got.lse[j])
-                   : want.seen[j]   ? std::fabs(got.lse[j] - static_cast<double>(want.lse[j])) <= 64 * epsilon_of_sums
-                                    : std::isinf(got.lse[j]) && got.lse[j] < 0,
-                   "lse", [&] { return "element " + std::to_string(j) + " got " + std::to_string(got.lse[j]); });
-    if (got.d_mask.size()) {
-      report.written("d_mask", got.d_mask);
-      report.near("d_mask", got.d_mask, want.d_mask, bound * epsilon * std::max<int64_t>(s.L, 8));
-    }
-    for (int threads : {2, 3}) {
-      const AttentionResults<T> other = run_attention(kernels, problem, threads);
-      const std::string with = " with " + std::to_string(threads) + " threads";
-      report.same_bits("out" + with, other.out, got.out);
-      report.same_bits("lse" + with, other.lse, got.lse);
-      report.same_bits("dq" + with, other.dq, got.dq);
-      report.same_bits("dk" + with, other.dk, got.dk);
-      report.same_bits("dv" + with, other.dv, got.dv);
-      report.same_bits("d_mask" + with, other.d_mask, got.d_mask);
-    }
+    check_attention_shape(report, kernels, epsilon, bound, kAttentionShapes[i], 1000 + i, {2, 3});
   }
 }
 

@@ -70,34 +70,37 @@ template <class T>
 using Allocator = std::allocator<T>;
 #endif
 
+// Of a Guarded that is made from now on. 37 numbers put it where no vector load is aligned.
+#if defined(__SANITIZE_ADDRESS__)
+inline size_t fence = 0;  // AddressSanitizer puts its own, which stops the first access
+#else
+inline size_t fence = 37;
+#endif
+
 // n numbers between two fences. Fences and fresh contents are NaN: a kernel that reads past an end, or leaves an output
-// unwritten, shows it in its results. The odd fence also puts the numbers where no vector load is aligned.
+// unwritten, shows it in its results.
 template <class T>
 class Guarded {
  public:
   Guarded() = default;  // absent: data() is null
-  explicit Guarded(int64_t size) : storage_(size ? size + 2 * kFence : 0, quiet_nan<T>()), size_(size) {}
+  explicit Guarded(int64_t size) : fence_(size ? fence : 0), storage_(size + 2 * fence_, quiet_nan<T>()), size_(size) {}
 
-  T* data() { return size_ ? storage_.data() + kFence : nullptr; }
-  const T* data() const { return size_ ? storage_.data() + kFence : nullptr; }
+  T* data() { return size_ ? storage_.data() + fence_ : nullptr; }
+  const T* data() const { return size_ ? storage_.data() + fence_ : nullptr; }
   int64_t size() const { return size_; }
-  T& operator[](int64_t i) { return storage_[kFence + i]; }
-  T operator[](int64_t i) const { return storage_[kFence + i]; }
+  T& operator[](int64_t i) { return storage_[fence_ + i]; }
+  T operator[](int64_t i) const { return storage_[fence_ + i]; }
 
   bool intact() const {
     const T nan = quiet_nan<T>();
     const auto is_fence = [&](T value) { return std::memcmp(&value, &nan, sizeof(T)) == 0; };
-    for (size_t i = 0; size_ && i < kFence; ++i)
-      if (!is_fence(storage_[i]) || !is_fence(storage_[kFence + size_ + i])) return false;
+    for (size_t i = 0; i < fence_; ++i)
+      if (!is_fence(storage_[i]) || !is_fence(storage_[fence_ + size_ + i])) return false;
     return true;
   }
 
  private:
-#if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kFence = 0;  // AddressSanitizer puts its own, which stops the first access
-#else
-  static constexpr size_t kFence = 37;
-#endif
+  size_t fence_ = 0;
   std::vector<T, Allocator<T>> storage_;
   int64_t size_ = 0;
 };
