@@ -1,0 +1,271 @@
+// Attention, backward, of 16-bit numbers on tensor cores (the formulas: cpu/attention_backward.h).
+//
+// Two kernels, each with the probabilities once more from lse: a block of one owns keys and their dK and dV, and the
+// queries of all heads that read them go by; a block of the other owns queries and their dQ, and keys go by. Nobody
+// else adds to what a block owns, so that there are no atomics and sums have one order.
+//
+// The first has keys as rows of its products, S^T = K Q^T and dP^T = V dO^T: then P^T and dS^T are in registers as mma
+// takes the left sides of dV = P^T dO and dK = dS^T Q.
+#pragma once
+
+#include "attention_tiles.cuh"
+
+namespace fastseq::cuda {
+
+// Probabilities after dropout and dS take the place of the products and of dP. The arguments after them: of the number
+// at a fragment's place, what there is to know of its query and key.
+template <bool kOptions, class T>
+__device__ void score_gradient(const Scores<T>& scores, float& product, float& d_probability, int n, int i, int j,
+                               float shift, float delta) {
+  if constexpr (kOptions) {
+    const auto gradient = scores.gradient(product, d_probability, n, i, j, shift, delta);
+    product = gradient.probability, d_probability = gradient.d_score * gradient.derivative;
+  } else {
+    product = power_of_2(fma(product, scores.factor(), -shift));
+    d_probability = product * (d_probability - delta);
+  }
+}
+
+template <int kSize, bool kOptions>
+struct KeyGradientShape {
+  static constexpr int kTiles = kSize > 64 || kOptions ? 1 : 2;
+  static constexpr int kKeys = kTileWarps * kTiles * 16, kQueries = kSize > 128 ? 16 : 32;
+  static constexpr int kColumns = kSize > 128 ? 128 : kSize;  // of dK and dV, which a block has
+  static constexpr int kSlices = kSize / kColumns;
+  static constexpr std::size_t kTileBytes = 2 * (2 * kKeys + 4 * kQueries) * kSize;
+  static constexpr std::size_t kShared = kTileBytes + 4 * kQueries * sizeof(float);
+};
+
+template <class T, int kSize, bool kOptions>
+__global__ void __launch_bounds__(kTileThreads)
+    attention_key_gradients(const AttentionBackward<T, float> all, const float* deltas, int64_t tiles) {
+  using Shape = KeyGradientShape<kSize, kOptions>;
+  constexpr int kTiles = Shape::kTiles, kKeys = Shape::kKeys, kQueries = Shape::kQueries, kGroups = kQueries / 8;
+  constexpr int kColumnGroups = Shape::kColumns / 8;
+  FASTSEQ_SHARED(memory);
+  T *const keys = reinterpret_cast<T*>(memory), *const values = keys + kKeys * kSize;
+  T* const stages = values + kKeys * kSize;
+  float* const row_numbers = reinterpret_cast<float*>(memory + Shape::kTileBytes);
+
+  int64_t block = blockIdx.x;
+  const int j0 = static_cast<int>(block % tiles) * kKeys;
+  block /= tiles;
+  const int kv_head = static_cast<int>(block % all.kv_heads);
+  const int64_t b = block / all.kv_heads;
+  const auto p = entry(all, b);
+  if (j0 >= p.keys) return;
+  const int here = static_cast<int>(p.keys) - j0 < kKeys ? static_cast<int>(p.keys) - j0 : kKeys;
+  const int column0 = blockIdx.y * Shape::kColumns;
+  const Scores<T> scores(p);
+  const Sight sight(p);
+  const int size = static_cast<int>(p.size), value_size = static_cast<int>(p.value_size);
+  const FragmentPlace place;
+  const int warp_row = threadIdx.x / kWarp * kTiles * 16;
+  const int group = static_cast<int>(p.heads / p.kv_heads), end_head = (kv_head + 1) * group;
+  // The queries that see some of the keys.
+  const int first = sight.first_query(j0) / kQueries * kQueries, end = sight.end_query(j0 + here - 1);
+
+  const bool q_chunks = in_chunks(p.q.data, p.q.row, p.q.head);
+  const bool d_out_chunks = in_chunks(p.d_out.data, p.d_out.row, p.d_out.head);
+  // Of the next tile of queries, this thread's shift and delta.
+  float next_shift = 0, next_delta = 0;
+  const auto load_queries = [&](int n, int i0, int stage) {
+    T* const to = stages + stage * 2 * kQueries * kSize;
+    const int rows = sight.queries - i0 < kQueries ? sight.queries - i0 : kQueries;
+    const T *const q = p.q.at(n, i0), *const d_out = p.d_out.at(n, i0);
+    load_tile<kQueries, kSize>(to, q, p.q.row, rows, size, q_chunks);
+    load_tile<kQueries, kSize>(to + kQueries * kSize, d_out, p.d_out.row, rows, value_size, d_out_chunks);
+    cp_async_commit();
+    const int row = threadIdx.x;
+    next_shift = row < rows ? shift_of(p.lse.of(n)[i0 + row]) : kInfinity<float>;
+    next_delta = row < rows ? deltas[(b * all.heads + n) * all.queries + i0 + row] : 0;
+  };
+  const auto keep_row_numbers = [&](int stage) {
+    if (threadIdx.x >= kQueries) return;
+    row_numbers[stage * 2 * kQueries + threadIdx.x] = next_shift;
+    row_numbers[stage * 2 * kQueries + kQueries + threadIdx.x] = next_delta;
+  };
+
+  Fragments<kTiles, kColumnGroups> dk, dv;
+  clear<kTiles, kColumnGroups>(dk);
+  clear<kTiles, kColumnGroups>(dv);
+  int n = kv_head * group, i0 = first;
+  if (first < end) {
+    const T *const k = p.k.at(kv_head, j0), *const v = p.v.at(kv_head, j0);
+    load_tile<kKeys, kSize>(keys, k, p.k.row, here, size, in_chunks(k, p.k.row));
+    load_tile<kKeys, kSize>(values, v, p.v.row, here, value_size, in_chunks(v, p.v.row));
+    load_queries(n, i0, 0);
+    keep_row_numbers(0);
+  } else {
+    n = end_head;
+  }
+  for (int stage = 0; n < end_head; stage ^= 1) {
+    cp_async_wait<0>();
+    __syncthreads();
+    const bool last_of_head = i0 + kQueries >= end;
+    const int next_n = last_of_head ? n + 1 : n, next_i0 = last_of_head ? first : i0 + kQueries;
+    // Everybody is through with the tiles before these.
+    if (next_n < end_head) load_queries(next_n, next_i0, stage ^ 1);
+    const T *const queries = stages + stage * 2 * kQueries * kSize, *const d_out = queries + kQueries * kSize;
+    const float *const shifts = row_numbers + stage * 2 * kQueries, *const delta = shifts + kQueries;
+
+    Fragments<kTiles, kGroups> s, d;
+    multiply_rows<kSize, T, kTiles, kGroups>(s, keys, warp_row, queries);
+    multiply_rows<kSize, T, kTiles, kGroups>(d, values, warp_row, d_out);
+    // Keys that are not there get what nobody reads, and queries that are not there have a shift that hides them.
+    const auto gradients = [&](auto hidden) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = 8 * g + place.column + e, i = i0 + column;
+          const float shift = shifts[column], less = delta[column];
+#pragma unroll
+          for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const int j = j0 + warp_row + 16 * m + 8 * h + place.row;
+              float &x = s[m][g][2 * h + e], &y = d[m][g][2 * h + e];
+              if (!decltype(hidden)::value || sight.sees(i, j))
+                score_gradient<kOptions>(scores, x, y, n, i, j, shift, less);
+              else x = y = 0;
+            }
+        }
+    };
+    if (!kOptions && sight.all(i0, i0 + kQueries, j0, j0 + kKeys)) gradients(std::false_type{});
+    else gradients(std::true_type{});
+    multiply_add<kSize, T, kTiles, kGroups, kColumnGroups>(dv, s, d_out, column0);
+    multiply_add<kSize, T, kTiles, kGroups, kColumnGroups>(dk, d, queries, column0);
+    keep_row_numbers(stage ^ 1);
+    n = next_n, i0 = next_i0;
+  }
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = warp_row + 16 * m + 8 * h + place.row;
+      if (row >= here) continue;
+      store_row(p.dk.at(kv_head, j0 + row), size, column0, dk[m], h, static_cast<float>(p.scale));
+      store_row(p.dv.at(kv_head, j0 + row), value_size, column0, dv[m], h, 1.0f);
+    }
+}
+
+template <int kSize, bool kOptions>
+struct QueryGradientShape {
+  static constexpr int kTiles = kSize > 64 || kOptions ? 1 : 2;
+  static constexpr int kRows = kTileWarps * kTiles * 16, kKeys = kSize > 128 ? 16 : kTiles == 2 ? 32 : 64;
+  static constexpr std::size_t kShared = 2 * (2 * kRows + 4 * kKeys) * kSize;
+};
+
+template <class T, int kSize, bool kOptions>
+__global__ void __launch_bounds__(kTileThreads)
+    attention_query_gradients(const AttentionBackward<T, float> all, const float* deltas, int64_t tiles) {
+  using Shape = QueryGradientShape<kSize, kOptions>;
+  constexpr int kTiles = Shape::kTiles, kRows = Shape::kRows, kKeys = Shape::kKeys, kGroups = kKeys / 8;
+  FASTSEQ_SHARED(memory);
+  T *const queries = reinterpret_cast<T*>(memory), *const d_out = queries + kRows * kSize;
+  T* const stages = d_out + kRows * kSize;
+
+  int64_t block = blockIdx.x;
+  const int i0 = static_cast<int>(tiles - 1 - block % tiles) * kRows;
+  block /= tiles;
+  const int n = static_cast<int>(block % all.heads);
+  const int64_t b = block / all.heads;
+  const auto p = entry(all, b);
+  if (i0 >= p.queries) return;
+  const int here = static_cast<int>(p.queries) - i0 < kRows ? static_cast<int>(p.queries) - i0 : kRows;
+  const int kv_head = n / static_cast<int>(p.heads / p.kv_heads);
+  const Scores<T> scores(p);
+  const Sight sight(p);
+  const int size = static_cast<int>(p.size), value_size = static_cast<int>(p.value_size);
+  const FragmentPlace place;
+  const int warp_row = threadIdx.x / kWarp * kTiles * 16;
+
+  const T *const k = p.k.at(kv_head, 0), *const v = p.v.at(kv_head, 0);
+  const bool k_chunks = in_chunks(k, p.k.row), v_chunks = in_chunks(v, p.v.row);
+  const auto load_keys = [&](int j0, int stage) {
+    T* const to = stages + stage * 2 * kKeys * kSize;
+    const int rows = sight.keys - j0;
+    load_tile<kKeys, kSize>(to, k + j0 * p.k.row, p.k.row, rows, size, k_chunks);
+    load_tile<kKeys, kSize>(to + kKeys * kSize, v + j0 * p.v.row, p.v.row, rows, value_size, v_chunks);
+    cp_async_commit();
+  };
+
+  Fragments<kTiles, kSize / 8> dq;
+  clear<kTiles, kSize / 8>(dq);
+  float shift[kTiles][2], delta[kTiles][2];
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = warp_row + 16 * m + 8 * h + place.row;
+      shift[m][h] = row < here ? shift_of(p.lse.of(n)[i0 + row]) : kInfinity<float>;
+      delta[m][h] = row < here ? deltas[(b * all.heads + n) * all.queries + i0 + row] : 0;
+    }
+
+  const int first = sight.first_key(i0) / kKeys * kKeys, end = sight.end_key(i0 + here - 1);
+  if (first < end) {
+    const T *const q = p.q.at(n, i0), *const from = p.d_out.at(n, i0);
+    load_tile<kRows, kSize>(queries, q, p.q.row, here, size, in_chunks(q, p.q.row));
+    load_tile<kRows, kSize>(d_out, from, p.d_out.row, here, value_size, in_chunks(from, p.d_out.row));
+    load_keys(first, 0);
+  }
+  int stage = 0;
+  for (int j0 = first; j0 < end; j0 += kKeys, stage ^= 1) {
+    cp_async_wait<0>();
+    __syncthreads();
+    // Everybody is through with the tiles before these.
+    if (j0 + kKeys < end) load_keys(j0 + kKeys, stage ^ 1);
+    const T *const keys = stages + stage * 2 * kKeys * kSize, *const values = keys + kKeys * kSize;
+
+    Fragments<kTiles, kGroups> s, d;
+    multiply_rows<kSize, T, kTiles, kGroups>(s, queries, warp_row, keys);
+    multiply_rows<kSize, T, kTiles, kGroups>(d, d_out, warp_row, values);
+    const auto gradients = [&](auto hidden) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int i = i0 + warp_row + 16 * m + 8 * h + place.row, j = j0 + 8 * g + place.column + e;
+              float &x = s[m][g][2 * h + e], &y = d[m][g][2 * h + e];
+              if (!decltype(hidden)::value || sight.sees(i, j))
+                score_gradient<kOptions>(scores, x, y, n, i, j, shift[m][h], delta[m][h]);
+              else y = 0;
+            }
+    };
+    if (!kOptions && j0 + kKeys <= sight.keys && sight.all(i0, i0 + here, j0, j0 + kKeys)) gradients(std::false_type{});
+    else gradients(std::true_type{});
+    multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(dq, d, keys, 0);
+  }
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = warp_row + 16 * m + 8 * h + place.row;
+      if (row < here) store_row(p.dq.at(n, i0 + row), size, 0, dq[m], h, static_cast<float>(p.scale));
+    }
+}
+
+template <class T>
+cudaError_t launch_backward_tiles(const AttentionBackward<T, float>& p, const float* delta, void* stream) {
+  return with_tiles(p, [&](auto padded, auto options) {
+    constexpr int kSize = decltype(padded)::value;
+    constexpr bool kOptions = decltype(options)::value;
+    using Keys = KeyGradientShape<kSize, kOptions>;
+    using Queries = QueryGradientShape<kSize, kOptions>;
+    const int64_t key_tiles = blocks_of(p.keys, Keys::kKeys), query_tiles = blocks_of(p.queries, Queries::kRows);
+    if (const cudaError_t error =
+            launch_blocks(attention_key_gradients<T, kSize, kOptions>, p.batch * p.kv_heads * key_tiles, Keys::kSlices,
+                          kTileThreads, Keys::kShared, stream, p, delta, key_tiles);
+        error != cudaSuccess)
+      return error;
+    return launch_blocks(attention_query_gradients<T, kSize, kOptions>, p.batch * p.heads * query_tiles, 1,
+                         kTileThreads, Queries::kShared, stream, p, delta, query_tiles);
+  });
+}
+
+}  // namespace fastseq::cuda

@@ -1,0 +1,420 @@
+// All steps of a layer in one cooperative launch, for 16-bit numbers: each block keeps its part of W_hh in shared
+// memory and its part of the state in registers, and all blocks meet once a step.
+//
+// A block has a tile of kUnits hidden units, of one direction, and of kRows rows of the batch. Its product is
+// (rows x K) times (K x columns), on tensor cores: its eight warps share the rows and the depth K, and their parts of
+// the sums meet in shared memory.
+//   forward   K = H      columns = gates * kUnits   from h of the step before; then Cell::update
+//   backward  K = G * H  columns = kUnits           from dg of the step after; then Cell::update_backward
+//
+// Along K a thread reads 16 bytes at once, of a row of the left side from the L2 cache and of a column of the weights
+// from shared memory. A fragment of mma wants two words that are not neighbours (of 16-bit numbers 2t, 2t + 1 and 2t +
+// 8, 2t + 9 of 16): as the order along K does not matter while both sides have the same, thread t takes its four words
+// as those of two fragments.
+//
+// Tensor cores multiply floats rounded to 11 bits, "tf32". Where that is not enough, a float is the sum of two such
+// numbers, and of the four products the three larger are added up: an error as of float itself (Fasi et al., "Matrix
+// multiplication in multiword arithmetic", 2023).
+#pragma once
+
+#include "cells.cuh"
+#include "rnn_plan.h"
+
+namespace fastseq::cuda {
+
+constexpr int kPersistentThreads = 256, kPersistentWarps = kPersistentThreads / kWarp;
+constexpr int64_t kChunkBytes = 4 * sizeof(Words4);  // of a row along K that a warp reads at once
+template <class T>
+constexpr int64_t kChunkOfK = kChunkBytes / static_cast<int64_t>(sizeof(T));
+
+// How a tile's work is shared by the warps.
+template <int kRows>
+struct WarpGrid {
+  static constexpr int row_groups = kRows >= 64 ? 2 : 1;
+  static constexpr int depth_groups = kPersistentWarps / row_groups;
+  static constexpr int row_tiles = kRows / 16 / row_groups;  // of mma, a warp
+};
+
+// Bytes of one part of K (all of it forward, a gate backward) that each depth group has.
+FASTSEQ_INLINE constexpr int64_t depth_of_group(int64_t hidden_bytes, int depth_groups) {
+  const int64_t step = kChunkBytes * depth_groups;
+  return (hidden_bytes + step - 1) / step * kChunkBytes;
+}
+// Of a row of weights in shared memory: rows lie half the banks apart, as a quarter of a warp reads 64 bytes of each of
+// two rows.
+FASTSEQ_INLINE constexpr int64_t weight_row_bytes(int64_t bytes) { return (bytes + 127) / 128 * 128 + 64; }
+// Of the sums that warps add up, in floats.
+FASTSEQ_INLINE constexpr int sums_row(int columns) { return columns + 8; }
+
+template <class T>
+struct PersistentForward {
+  int64_t begin, end;  // steps to go, in each direction's own order
+  int64_t steps, batch, hidden, directions;
+  const float* gx[2];  // (rows of these steps, G*H), without b_ih
+  const T *w_hh[2], *b_ih[2], *b_hh[2];
+  const T* h0[2];  // (B, H) or null
+  float* c[2];     // (B, H), read and overwritten
+  T* output;       // (T, B, D*H)
+  T* kept[2];      // (T, B, kept*H) or null
+};
+
+template <class T>
+struct PersistentBackward {
+  int64_t steps, batch, hidden, directions;
+  const T* w_hh[2];
+  const T *h0[2], *c0[2];  // (B, H) or null
+  const T* output;         // (T, B, D*H)
+  const T* d_output;       // or null
+  const T* kept[2];
+  float *dh[2], *dc[2];  // (B, H): of the last step, and overwritten with those of the initial state
+  T* dg[2];              // (T, B, grads*H)
+};
+
+FASTSEQ_INLINE constexpr int64_t time_of(int64_t step, int64_t steps, int direction) {
+  return direction == 0 ? step : steps - 1 - step;
+}
+
+// The state that a step of a direction starts from: null for zeros.
+template <class T>
+__device__ const T* step_before(const T* all, const T* initial, int64_t step, int64_t steps, int direction,
+                                int64_t step_numbers) {
+  return step == 0 ? initial : all + time_of(step - 1, steps, direction) * step_numbers;
+}
+
+// A word of factors as tensor cores take it: of 16-bit numbers as it is. Of a float what is left of it goes to `rest`,
+// if that is wanted.
+template <class T, bool kSplit>
+__device__ __forceinline__ uint32_t factor(uint32_t word, uint32_t& rest) {
+  if constexpr (sizeof(T) == 2) {
+    return word;
+  } else {
+    const float whole = as_float(word), first = round_to_tf32(whole);
+    if constexpr (kSplit) rest = as_word(round_to_tf32(whole - first));
+    return as_word(first);
+  }
+}
+
+// sums += left * weights of numbers [k, end) along K, of which `left` has `valid`; left rows are `left_row` numbers
+// apart, `rows` of them there.
+template <class T, bool kSplit, int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void multiply_strip(float (&sums)[kRowTiles][kColumnTiles][4], const T* left,
+                                               int64_t left_row, int64_t rows, const unsigned char* weights,
+                                               int64_t weight_row, int64_t k, int64_t end, int64_t valid) {
+  constexpr int64_t kEach = sizeof(Words4) / sizeof(T);  // numbers that a thread reads at once
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  // As many loads under way as registers hold.
+  constexpr int kWords = 2 * kRowTiles + kColumnTiles, kMost = kSplit ? 5 : 6;
+  [[maybe_unused]] constexpr int kUnroll = kWords <= 3 ? 8 : kWords <= kMost ? 4 : 2;
+#pragma unroll kUnroll
+  for (; k < end; k += kChunkOfK<T>) {
+    const int64_t at = k + kEach * t;
+    Words4 a[kRowTiles][2], b[kColumnTiles];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = 16 * i + 8 * half + g;
+        a[i][half] = Words4{{0, 0, 0, 0}};
+        if (row < rows && at < valid) a[i][half] = load_l2(reinterpret_cast<const Words4*>(left + row * left_row + at));
+      }
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j)
+      b[j] =
+          *reinterpret_cast<const Words4*>(weights + (8 * j + g) * weight_row + at * static_cast<int64_t>(sizeof(T)));
+#pragma unroll
+    for (int pair = 0; pair < 4; pair += 2) {
+      uint32_t y[kColumnTiles][2], y_rest[kColumnTiles][2];
+#pragma unroll
+      for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+        for (int w = 0; w < 2; ++w) y[j][w] = factor<T, kSplit>(b[j].word[pair + w], y_rest[j][w]);
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        uint32_t x[4], x_rest[4];
+#pragma unroll
+        for (int w = 0; w < 4; ++w) x[w] = factor<T, kSplit>(a[i][w % 2].word[pair + w / 2], x_rest[w]);
+#pragma unroll
+        for (int j = 0; j < kColumnTiles; ++j) {
+          if constexpr (kSplit) {
+            mma<T>(sums[i][j], x_rest, y[j]);
+            mma<T>(sums[i][j], x, y_rest[j]);
+          }
+          mma<T>(sums[i][j], x, y[j]);
+        }
+      }
+    }
+  }
+}
+
+// A warp's part of the sums to its depth group's plane in shared memory, (rows, columns).
+template <int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void put_sums(const float (&sums)[kRowTiles][kColumnTiles][4], float* plane) {
+  const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  constexpr int kRow = sums_row(8 * kColumnTiles);
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* const to = plane + (16 * i + 8 * half + g) * kRow + 8 * j + 2 * t;
+        to[0] = sums[i][j][2 * half], to[1] = sums[i][j][2 * half + 1];
+      }
+}
+
+// A block's product: columns of weights, of which each has `parts` of H numbers along K.
+template <class T, int kColumns, int kParts, int kRows>
+struct TileProduct {
+  using Warps = WarpGrid<kRows>;
+  static constexpr int planes = Warps::depth_groups;  // of sums
+
+  // Numbers of a part that each depth group has, that all have, and of a whole row.
+  static FASTSEQ_INLINE constexpr int64_t depth(int64_t hidden) {
+    return depth_of_group(hidden * int64_t(sizeof(T)), Warps::depth_groups) / int64_t(sizeof(T));
+  }
+  static FASTSEQ_INLINE constexpr int64_t part(int64_t hidden) { return depth(hidden) * Warps::depth_groups; }
+  static FASTSEQ_INLINE constexpr int64_t weights_row(int64_t hidden) {
+    return weight_row_bytes(kParts * part(hidden) * int64_t(sizeof(T)));
+  }
+};
+
+// Units of a block's rows that a thread has.
+template <int kUnits, int kRows>
+constexpr int kUnitsOfThread = (kRows * kUnits + kPersistentThreads - 1) / kPersistentThreads;
+
+// Shared memory, numbers [0, count) of a row, from `from` at distance `step`, then zeros up to `all`.
+template <class T>
+__device__ void fill_row(T* to, const T* from, int64_t step, int64_t count, int64_t all) {
+  for (int64_t k = threadIdx.x; k < all; k += blockDim.x) to[k] = k < count ? from[k * step] : T{0};
+}
+
+template <class Cell, class T, bool kSplit, int kUnits, int kRows>
+__global__ void __launch_bounds__(kPersistentThreads, 1) persistent_forward_kernel(PersistentForward<T> p) {
+  constexpr int kColumns = Cell::gates * kUnits, kEach = kUnitsOfThread<kUnits, kRows>;
+  using Tile = TileProduct<T, kColumns, 1, kRows>;
+  using Warps = WarpGrid<kRows>;
+  FASTSEQ_SHARED(shared);
+  const int64_t B = p.batch, H = p.hidden, GH = Cell::gates * H;
+  const int d = blockIdx.z, warp = threadIdx.x / kWarp;
+  const int64_t first_unit = int64_t(blockIdx.x) * kUnits, first_row = int64_t(blockIdx.y) * kRows;
+  const int64_t weight_row = Tile::weights_row(H), depth = Tile::depth(H);
+  unsigned char* const weights = shared;
+  float* const sums = reinterpret_cast<float*>(shared + kColumns * weight_row);
+
+  for (int column = 0; column < kColumns; ++column) {
+    const int64_t unit = first_unit + column % kUnits;
+    const T* const from = p.w_hh[d] + (column / kUnits * H + unit) * H;
+    fill_row(reinterpret_cast<T*>(weights + column * weight_row), from, 1, unit < H ? H : 0, Tile::part(H));
+  }
+  float c[kEach], h[kEach];
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int i = threadIdx.x + e * kPersistentThreads;
+    const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
+    c[e] = h[e] = 0;
+    if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+    if (Cell::cell_state) c[e] = p.c[d][row * H + unit];
+    if (const T* const before = step_before<T>(p.output + d * H, p.h0[d], p.begin, p.steps, d, B * p.directions * H))
+      h[e] = load(before[row * (p.begin == 0 ? H : p.directions * H) + unit]);
+  }
+  __syncthreads();
+
+  // Of the next step, asked for before all meet: it takes as long to come as the meeting does.
+  float gx[kEach][Cell::gates];
+  const auto fetch = [&](int64_t step) {
+    const int64_t n = (time_of(step, p.steps, d) - (d == 0 ? p.begin : p.steps - p.end)) * B;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = threadIdx.x + e * kPersistentThreads;
+      const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
+      if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+#pragma unroll
+      for (int gate = 0; gate < Cell::gates; ++gate) gx[e][gate] = p.gx[d][(n + row) * GH + gate * H + unit];
+    }
+  };
+  if (p.begin < p.end) fetch(p.begin);
+
+  const int row_group = warp / Warps::depth_groups, depth_group = warp % Warps::depth_groups;
+  const int64_t warp_row = first_row + row_group * Warps::row_tiles * 16;
+  for (int64_t step = p.begin; step < p.end; ++step) {
+    const int64_t n = time_of(step, p.steps, d) * B;
+    if (const T* const left = step_before<T>(p.output + d * H, p.h0[d], step, p.steps, d, B * p.directions * H)) {
+      const int64_t left_row = step == 0 ? H : p.directions * H;
+      float part[Warps::row_tiles][kColumns / 8][4] = {};
+      multiply_strip<T, kSplit>(part, left + warp_row * left_row, left_row, B - warp_row, weights, weight_row,
+                                depth_group * depth, (depth_group + 1) * depth, H);
+      put_sums(part, sums + (depth_group * kRows + row_group * Warps::row_tiles * 16) * sums_row(kColumns));
+    } else {
+      for (int i = threadIdx.x; i < Tile::planes * kRows * sums_row(kColumns); i += kPersistentThreads) sums[i] = 0;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = threadIdx.x + e * kPersistentThreads;
+      const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
+      if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+      float gh[Cell::gates], keep[Cell::kept + 1];
+#pragma unroll
+      for (int gate = 0; gate < Cell::gates; ++gate) {
+        const int64_t at = gate * H + unit;
+        if (p.b_ih[d]) gx[e][gate] += load(p.b_ih[d][at]);
+        gh[gate] = p.b_hh[d] ? load(p.b_hh[d][at]) : 0.0f;
+#pragma unroll
+        for (int plane = 0; plane < Tile::planes; ++plane)
+          gh[gate] += sums[(plane * kRows + i / kUnits) * sums_row(kColumns) + gate * kUnits + i % kUnits];
+      }
+      T stored;
+      store(stored, Cell::update(gx[e], gh, h[e], c[e], keep));
+      h[e] = load(stored);
+      p.output[((n + row) * p.directions + d) * H + unit] = stored;
+      if (p.kept[d])
+#pragma unroll
+        for (int k = 0; k < Cell::kept; ++k) store(p.kept[d][((n + row) * Cell::kept + k) * H + unit], keep[k]);
+    }
+    if (step + 1 < p.end) fetch(step + 1);
+    // Also before the next step's sums overwrite these.
+    grid_sync();
+  }
+  if constexpr (Cell::cell_state) {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = threadIdx.x + e * kPersistentThreads;
+      const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
+      if (i < kRows * kUnits && row < B && unit < H) p.c[d][row * H + unit] = c[e];
+    }
+  }
+}
+
+template <class Cell, class T, bool kSplit, int kUnits, int kRows>
+__global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_kernel(PersistentBackward<T> p) {
+  constexpr int kColumns = kUnits, kEach = kUnitsOfThread<kUnits, kRows>;
+  using Tile = TileProduct<T, kColumns, Cell::gates, kRows>;
+  using Warps = WarpGrid<kRows>;
+  FASTSEQ_SHARED(shared);
+  const int64_t B = p.batch, H = p.hidden, output_row = p.directions * H;
+  const int d = blockIdx.z, warp = threadIdx.x / kWarp;
+  const int64_t first_unit = int64_t(blockIdx.x) * kUnits, first_row = int64_t(blockIdx.y) * kRows;
+  const int64_t weight_row = Tile::weights_row(H), depth = Tile::depth(H), gate_numbers = Tile::part(H);
+  unsigned char* const weights = shared;
+  float* const sums = reinterpret_cast<float*>(shared + kColumns * weight_row);
+
+  // Units' weights are columns of W_hh: neighbours are read by neighbouring threads.
+  for (int64_t i = threadIdx.x; i < Cell::gates * gate_numbers * kUnits; i += kPersistentThreads) {
+    const int64_t unit = i % kUnits, gate = i / kUnits / gate_numbers, k = i / kUnits % gate_numbers;
+    const bool there = k < H && first_unit + unit < H;
+    reinterpret_cast<T*>(weights + unit * weight_row)[gate * gate_numbers + k] =
+        there ? p.w_hh[d][(gate * H + k) * H + first_unit + unit] : T{0};
+  }
+  float dh[kEach], dc[kEach];
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int i = threadIdx.x + e * kPersistentThreads;
+    const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
+    dh[e] = dc[e] = 0;
+    if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+    dh[e] = p.dh[d][row * H + unit];
+    if (Cell::cell_state) dc[e] = p.dc[d][row * H + unit];
+  }
+
+  // Of the next step, asked for before the product of this one: it takes as long to come.
+  struct Saved {
+    float keep[Cell::kept + 1], h, h_before, c_before, d_output;
+  };
+  Saved saved[kEach];
+  const auto fetch = [&](int64_t step) {
+    const int64_t n = time_of(step, p.steps, d) * B;
+    const T* const h_before = step_before<T>(p.output + d * H, p.h0[d], step, p.steps, d, B * output_row);
+    const T* const c_before =
+        step_before<T>(p.kept[d] + (Cell::kept - 1) * H, p.c0[d], step, p.steps, d, B * Cell::kept * H);
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = threadIdx.x + e * kPersistentThreads;
+      const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
+      Saved& s = saved[e];
+      s.h = s.h_before = s.c_before = s.d_output = 0;
+      if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+      const int64_t at = (n + row) * output_row + d * H + unit;
+#pragma unroll
+      for (int k = 0; k < Cell::kept; ++k) s.keep[k] = load(p.kept[d][((n + row) * Cell::kept + k) * H + unit]);
+      if (Cell::reads_h) s.h = load(p.output[at]);
+      if (Cell::reads_h_prev && h_before) s.h_before = load(h_before[row * (step == 0 ? H : output_row) + unit]);
+      if (Cell::cell_state && c_before) s.c_before = load(c_before[row * (step == 0 ? H : Cell::kept * H) + unit]);
+      if (p.d_output) s.d_output = load(p.d_output[at]);
+    }
+  };
+  if (p.steps > 0) fetch(p.steps - 1);
+
+  const int row_group = warp / Warps::depth_groups, depth_group = warp % Warps::depth_groups;
+  const int64_t warp_row = first_row + row_group * Warps::row_tiles * 16;
+  for (int64_t step = p.steps - 1; step >= 0; --step) {
+    const int64_t n = time_of(step, p.steps, d) * B;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = threadIdx.x + e * kPersistentThreads;
+      const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
+      if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+      float dg[Cell::grads];
+      const Saved& s = saved[e];
+      dh[e] = Cell::update_backward(s.keep, s.h, s.h_before, s.c_before, dh[e] + s.d_output, dc[e], dg);
+#pragma unroll
+      for (int k = 0; k < Cell::grads; ++k) store(p.dg[d][((n + row) * Cell::grads + k) * H + unit], dg[k]);
+    }
+    // Every block has read its sums of the step after, and dg is there for all.
+    grid_sync();
+    if (step > 0) fetch(step - 1);
+    float part[Warps::row_tiles][kColumns / 8][4] = {};
+    for_each_hidden_run<Cell>([&](GateRun run) {
+      for (int gate = 0; gate < run.count; ++gate) {
+        const T* const left = p.dg[d] + ((n + warp_row) * Cell::grads + run.plane + gate) * H;
+        multiply_strip<T, kSplit>(
+            part, left, Cell::grads * H, B - warp_row, weights + (run.gate + gate) * gate_numbers * int64_t(sizeof(T)),
+            weight_row, depth_group * depth, (depth_group + 1) * depth, H);
+      }
+    });
+    put_sums(part, sums + (depth_group * kRows + row_group * Warps::row_tiles * 16) * sums_row(kColumns));
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = threadIdx.x + e * kPersistentThreads;
+      if (i >= kRows * kUnits) continue;
+#pragma unroll
+      for (int plane = 0; plane < Tile::planes; ++plane)
+        dh[e] += sums[(plane * kRows + i / kUnits) * sums_row(kColumns) + i % kUnits];
+    }
+  }
+#pragma unroll
+  for (int e = 0; e < kEach; ++e) {
+    const int i = threadIdx.x + e * kPersistentThreads;
+    const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
+    if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+    p.dh[d][row * H + unit] = dh[e];
+    if (Cell::cell_state) p.dc[d][row * H + unit] = dc[e];
+  }
+}
+
+// f of the tile's numbers as types.
+template <int kNumber>
+using Constant = std::integral_constant<int, kNumber>;
+template <class T, class Use>
+cudaError_t with_tile(PersistentTile tile, const Use& use) {
+  const auto with_rows = [&](auto units) {
+    switch (tile.rows) {
+      case 16:
+        return use(units, Constant<16>());
+      case 32:
+        return use(units, Constant<32>());
+      case 64:
+        if constexpr (fits_registers({units(), 64}, sizeof(T))) return use(units, Constant<64>());
+    }
+    return cudaErrorInvalidValue;
+  };
+  switch (tile.units) {
+    case 8:
+      return with_rows(Constant<8>());
+    case 16:
+      return with_rows(Constant<16>());
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fastseq::cuda

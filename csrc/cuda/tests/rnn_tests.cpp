@@ -1,0 +1,149 @@
+// The recurrent kernels of CUDA by the checks of those of the CPU, step by step and with all steps in one launch: under
+// emulation, or, compiled by nvcc, on a device.
+//
+//   rnn_tests [--quick]      --quick: fewer sizes, for checkers
+#include <utility>
+
+#include "device_memory.h"
+
+#include "cuda/rnn.h"
+#include "cuda/rnn_plan.h"
+#include "tests/layer_check.h"
+
+namespace fastseq::test {
+namespace {
+
+using cuda::Call;
+using cuda::RnnPath;
+
+RnnPath path = RnnPath::stepwise;
+bool tf32 = false;
+int64_t launches = 0;
+
+template <CellKind kCell, class T>
+void forward(const RnnForward<T>& p) {
+  ++launches;
+  must(with_workspace(cuda::rnn_forward_workspace(kCell, p),
+                      [&](void* workspace) {
+                        Call call;
+                        call.workspace = workspace, call.rnn_path = path, call.tf32 = tf32;
+                        return cuda::rnn_forward(kCell, p, call);
+                      }),
+       "rnn_forward");
+}
+template <CellKind kCell, class T>
+void backward(const RnnBackward<T>& p) {
+  ++launches;
+  must(with_workspace(cuda::rnn_backward_workspace(kCell, p),
+                      [&](void* workspace) {
+                        Call call;
+                        call.workspace = workspace, call.rnn_path = path, call.tf32 = tf32;
+                        return cuda::rnn_backward(kCell, p, call);
+                      }),
+       "rnn_backward");
+}
+
+template <class T>
+cpu::TypedKernels<T> typed_kernels() {
+  cpu::TypedKernels<T> out{};
+#define X(name, type)                                                             \
+  out.rnn_forward[static_cast<int>(CellKind::name)] = forward<CellKind::name, T>; \
+  out.rnn_backward[static_cast<int>(CellKind::name)] = backward<CellKind::name, T>;
+  FASTSEQ_FOR_EACH_CELL(X)
+#undef X
+  return out;
+}
+
+Kernels all_kernels() {
+  Kernels out{};
+  out.isa = "cuda";
+  for (int i = 0; i < cpu::kCells; ++i) out.cells[i] = cuda::cell_facts(static_cast<CellKind>(i));
+  out.f32 = typed_kernels<float>(), out.f64 = typed_kernels<double>();
+  out.bf16 = typed_kernels<bfloat16>(), out.f16 = typed_kernels<float16>();
+  return out;
+}
+
+// Sizes at which blocks, tiles of 64 and warps are full, begun and more than one; those with H a multiple of 8 can go
+// in one launch.
+const Shape kStepwiseShapes[] = {
+    // T, B, I, H, P, directions, ragged, bias, states
+    {5, 3, 5, 17, 9, 2, true, true, true},    {3, 7, 3, 15, 0, 2, false, true, true},
+    {4, 3, 4, 7, 5, 2, false, false, false},  {2, 70, 2, 3, 0, 1, true, true, false},
+    {3, 2, 3, 129, 0, 1, false, true, false}, {0, 3, 2, 5, 0, 2, false, true, true},
+    {3, 4, 0, 5, 0, 2, false, true, true},    {3, 5, 33, 72, 70, 1, true, true, true},
+};
+constexpr int kQuickStepwiseShapes = 3;
+const Shape kPersistentShapes[] = {
+    {4, 5, 3, 24, 0, 2, false, true, true},
+    {3, 33, 2, 40, 0, 1, false, true, false},
+    {3, 70, 4, 16, 0, 2, false, false, true},
+    {2, 3, 2, 264, 0, 1, false, true, true},
+};
+constexpr int kQuickPersistentShapes = 1;
+
+// Errors are bound by so many units of the last bit that products keep.
+template <class T>
+void check_persistent(Report& report, const Kernels& kernels, const Case& c, const char* type, double forward_bound,
+                      double backward_bound) {
+  report.where = std::string("cuda, in one launch, ") + type + " " + c.name();
+  const size_t odd_fence = std::exchange(fence, fence ? 40 : 0);  // these kernels read 16 bytes at once
+  path = RnnPath::persistent;
+  const Inputs<T> in = convert<T>(random_inputs(c, 3));
+  const Outputs<T> d_out = convert<T>(random_output_gradients(c, 4));
+  const Forward<T> f = check_forward(report, kernels, c, in);
+  check_absent(report, kernels, c, in, f);
+  const Inputs<T> grads = check_backward(report, kernels, c, in, f, d_out);
+  path = RnnPath::stepwise;  // those of double go no other way
+  const Forward<double> near = run_forward(kernels, c, convert<double>(in), true, 1);
+  for (int i = 0; i < kOutputs; ++i)
+    report.near(
+        std::string("against double: ") + output_name(i), f.out[i], near.out[i], forward_bound * largest(near.out[i]));
+  const Forward<double> same{convert<double>(f.out), convert<double>(f.kept), convert<double>(f.emitted)};
+  const Inputs<double> want = run_backward(kernels, c, convert<double>(in), same, convert<double>(d_out), 1);
+  for (int i = 0; i < kInputs; ++i)
+    report.near(
+        std::string("against double: d ") + input_name(i), grads[i], want[i], backward_bound * largest(want[i]));
+  fence = odd_fence;
+}
+
+int run(bool quick) {
+  Report report;
+  const Kernels kernels = all_kernels();
+  for (int cell = 0; cell < cpu::kCells; ++cell) {
+    const CellFacts& facts = kernels.cells[cell];
+    const Report before = report;
+    path = RnnPath::stepwise;
+    const int stepwise = quick ? kQuickStepwiseShapes : sizeof(kStepwiseShapes) / sizeof(kStepwiseShapes[0]);
+    for (int i = 0; i < stepwise; ++i) check_case(report, kernels, Case(cell, facts, kStepwiseShapes[i]));
+    const int persistent = quick ? kQuickPersistentShapes : sizeof(kPersistentShapes) / sizeof(kPersistentShapes[0]);
+    for (int i = 0; i < persistent; ++i) {
+      const Case c(cell, facts, kPersistentShapes[i]);
+      const double bfloat16_bound = kHalfBound * epsilon<bfloat16>(), float16_bound = kHalfBound * epsilon<float16>();
+      check_persistent<bfloat16>(report, kernels, c, "bfloat16", bfloat16_bound, bfloat16_bound);
+      check_persistent<float16>(report, kernels, c, "float16", float16_bound, float16_bound);
+      check_persistent<float>(
+          report, kernels, c, "float", kForwardBound * epsilon<float>(), kBackwardBound * epsilon<float>());
+      tf32 = true;
+      check_persistent<float>(report, kernels, c, "tf32", float16_bound, float16_bound);  // as many bits
+      tf32 = false;
+    }
+    std::printf("%s: %lld passed, %lld failed\n", facts.name, static_cast<long long>(report.passed - before.passed),
+                static_cast<long long>(report.failed - before.failed));
+    std::fflush(stdout);
+  }
+  std::printf("%lld calls; %lld passed, %lld failed\n", static_cast<long long>(launches),
+              static_cast<long long>(report.passed), static_cast<long long>(report.failed));
+  return report.failed ? 1 : 0;
+}
+
+}  // namespace
+}  // namespace fastseq::test
+
+int main(int argc, char** argv) {
+  const bool quick = argc == 2 && !std::strcmp(argv[1], "--quick");
+  if (argc > 1 && !quick) {
+    std::fprintf(stderr, "usage: %s [--quick]\n", argv[0]);
+    return 2;
+  }
+  return fastseq::test::run(quick);
+}
