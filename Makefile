@@ -12,7 +12,7 @@ torch := $(VENV)/.fastseq-torch-$(TORCH)
 built := $(VENV)/.fastseq-built
 linters := $(VENV)/.fastseq-linters
 peers := $(VENV)/.fastseq-peers
-sources := $(shell find csrc cmake -name '*.h' -o -name '*.cpp' -o -name '*.in') CMakeLists.txt setup.py pyproject.toml
+sources := $(shell find csrc cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.in') CMakeLists.txt setup.py pyproject.toml
 
 .PHONY: help install test demo bench lint format test-asan test-aarch64 test-faults clean FORCE
 

@@ -18,6 +18,8 @@ class BuildInfo(TypedDict):
 class CudaInfo(TypedDict):
     built: bool
     why: str
+    version: str
+    archs: str
 
 class CellFacts(TypedDict):
     gates: int
@@ -25,6 +27,7 @@ class CellFacts(TypedDict):
     states: int
 
 FEW_QUERIES: int
+MOST_CUDA_HEAD_SIZE: int
 
 def version() -> str: ...
 def build_info() -> BuildInfo: ...

@@ -23,6 +23,12 @@ def _load() -> ModuleType:
             raise
         raise ImportError(f"fastseq's extension is not built for this Python: {_REBUILD}.") from None
     except ImportError as error:
+        cuda_libraries = ("libc10_cuda", "libtorch_cuda", "libcublas")
+        if torch.version.cuda is None and any(name in str(error) for name in cuda_libraries):
+            raise ImportError(
+                f"fastseq's extension was built for a torch with CUDA, and the {torch.__version__} installed has none: "
+                f"{_REBUILD}."
+            ) from error
         if "undefined symbol" not in str(error):
             raise
         raise ImportError(
@@ -39,3 +45,4 @@ def _load() -> ModuleType:
 
 
 _C = _load()
+CUDA_BUILT = _C.cuda()["built"]

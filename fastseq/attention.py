@@ -1,4 +1,4 @@
-"""Scaled dot-product attention on the CPU's fused kernels.
+"""Scaled dot-product attention on fused kernels, on the CPU and, in a build with CUDA, there.
 
 Letters: B batch, N heads of queries, N_kv of keys and values, L queries, S keys, D head size of queries and keys, Dv of
 values.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from fastseq._load import _C
+from fastseq import _load
 from fastseq.attention_ops import AttentionOptions, attention
 
 __all__ = ["scaled_dot_product_attention", "varlen_attention"]
@@ -69,8 +69,11 @@ def scaled_dot_product_attention(
     Returns:
         (..., N, L, Dv). A query that sees no key has zeros and zero gradients, where torch has NaN.
 
-    float32, float64 and bfloat16 (with sums in float32) have kernels; float16 is converted to float32 and back. Under
-    autocast all but float64 is converted to its dtype, as for torch's function.
+    float32, float64 and bfloat16 (with sums in float32) have kernels, and on CUDA float16; on the CPU float16 is
+    converted to float32 and back. Under autocast all but float64 is converted to its dtype, as for torch's function.
+    On CUDA, which takes an extension built with it, all runs on the current stream and waits for nothing; a CUDA graph
+    can capture a call, but not one with dropout, whose one number is drawn on the CPU. Heads of more than 256 numbers
+    run the reference there.
     Differentiable twice. Under `torch.func` transforms and forward-mode AD the call runs `fastseq.reference.attention`,
     plain PyTorch, and so does the second derivative; a piece of the queries at a time, so that no more than 2²² scores
     are there at once, unless autograd keeps them.
@@ -83,7 +86,7 @@ def scaled_dot_product_attention(
     usual = not dropout_p and window is None and alibi_slopes is None and softcap is None
     if usual and causal_alignment == "top_left" and not return_lse and not is_dynamo_compiling():
         # All that follows in one go, if nobody could tell the difference: csrc/torch/direct_attention.cpp.
-        out = _C.direct_attention(query, key, value, attn_mask, scale, is_causal, enable_gqa)
+        out = _load._C.direct_attention(query, key, value, attn_mask, scale, is_causal, enable_gqa)
         if out is not None:
             return out
     if is_causal and attn_mask is not None:
@@ -129,7 +132,8 @@ def varlen_attention(
     Args:
         q: (total_q, N, D). k: (total_k, N_kv, D). v: (total_k, N_kv, Dv). N is a multiple of N_kv.
         cu_seqlens_q, cu_seqlens_k: (B + 1), int32 or int64: the sums of the lengths before each sequence, from 0 on.
-            Rows after the last sequence belong to none: they give zeros.
+            Rows after the last sequence belong to none: they give zeros. Where q is on CUDA these may be, too, and are
+            not waited for then: nobody checks their values, and those that do not fit read or write anywhere.
         max_seqlen_q, max_seqlen_k: not needed; taken for FlashAttention's callers.
         dropout_p, is_causal, scale, window, alibi_slopes, softcap: as in `scaled_dot_product_attention`, within each
             sequence.
@@ -200,8 +204,8 @@ def attention_options(
     return AttentionOptions(
         attn_mask,
         alibi_slopes,
-        # From torch's generator, for backward to draw the same numbers from it again.
-        torch.randint(1 << 62, (1,), device=query.device) if dropout_p else None,
+        # From torch's generator of the CPU, as a kernel gets it with its sizes; for backward to draw the same numbers.
+        torch.randint(1 << 62, (1,), device="cpu") if dropout_p else None,
         query_starts,
         key_starts,
         query_lengths,
@@ -218,9 +222,9 @@ def attention_options(
 def attention_in_kernel_type(
     query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
 ) -> tuple[Tensor, Tensor]:
-    """`attention`, under autocast in its dtype; of float16 converted to float32 and back."""
+    """`attention`, under autocast in its dtype; of float16, where it has no kernel, converted to float32 and back."""
     query, key, value = autocast(query, key, value)
-    half = query.dtype is torch.float16
+    half = query.dtype is torch.float16 and not (_load.CUDA_BUILT and query.is_cuda)
     if half:
         query, key, value = query.float(), key.float(), value.float()
     mask = options.attn_mask

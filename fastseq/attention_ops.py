@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastseq import reference
+from fastseq import _load, reference
 from fastseq.ops import is_transformed
 
 _attention_forward = torch.ops.fastseq.attention_forward.default
@@ -36,10 +36,16 @@ class AttentionOptions(NamedTuple):
 
 def attention(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> tuple[Tensor, Tensor]:
     """out and lse of (B, N, L, D), (B, N_kv, S, D) and (B, N_kv, S, Dv)."""
-    if not is_compiling() and is_transformed():
+    too_large = is_too_large(query, query.shape[-1], value.shape[-1])
+    if too_large or (not is_compiling() and is_transformed()):
         out, lse = reference.attention(query, key, value, **options._asdict())
         return out, lse.to(sums(query.dtype))
     return _attention_forward(query, key, value, *options)
+
+
+def is_too_large(query: Tensor, *sizes: int) -> bool:
+    """Whether query's device has kernels, but none for heads of these sizes."""
+    return _load.CUDA_BUILT and query.is_cuda and max(sizes) > _load._C.MOST_CUDA_HEAD_SIZE
 
 
 def sums(dtype: torch.dtype) -> torch.dtype:
@@ -195,7 +201,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastseq::attention_double_backward", "cpu")
+@torch.library.impl("fastseq::attention_double_backward", ("cpu", "cuda"))
 def _attention_double_backward_opaque(*args: Any) -> list[Tensor]:
     return [t.detach().clone() for t in _attention_double_backward(*args)]
 

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastseq import _load, ops
 from fastseq.attention import autocast, scaled_dot_product_attention, varlen_attention
+from fastseq.attention_ops import is_too_large
 from fastseq.convert import TORCH_TO_FASTSEQ, qualified_name
 from fastseq.multihead_attention import MultiheadAttention
 from fastseq.rnn import TORCH_MODES, _Cell, _Layer, kernel_obstacle
@@ -80,8 +81,17 @@ def _explain_recurrent(layer: torch.nn.Module, input: Tensor | PackedSequence, h
         reason = "a torch.func transform or forward-mode AD is active, and kernels have no rules for them"
         return Explanation(name, "reference", "fastseq.reference.rnn", reason)
     dtype = str(x.dtype).removeprefix("torch.")
-    operator = f"fastseq::rnn_forward ({layer._cell}, {dtype}, {_load._C.isa()})"
-    return Explanation(name, "kernel", operator, f"the input is {dtype} on the CPU")
+    operator = f"fastseq::rnn_forward ({layer._cell}, {dtype}, {_code(x)})"
+    return Explanation(name, "kernel", operator, f"the input is {dtype} on {_place(x)}")
+
+
+def _place(t: Tensor) -> str:
+    return "the CPU" if t.is_cpu else str(t.device)
+
+
+def _code(t: Tensor) -> str:
+    """What a kernel for this tensor was compiled for."""
+    return _load._C.isa() if t.is_cpu else f"CUDA {_load._C.cuda()['version']}"
 
 
 def _explain_multihead_attention(layer: MultiheadAttention, query: Tensor, *others: Any, **options: Any) -> Explanation:
@@ -90,14 +100,18 @@ def _explain_multihead_attention(layer: MultiheadAttention, query: Tensor, *othe
     if need_weights and dropped:
         return Explanation(name, "torch", "products and a softmax of torch", "weights after dropout are asked for")
     # (..., L, size): what the kernel's choice depends on.
-    told = _explain_attention(name, query if query.dim() == 2 or layer.batch_first else query.transpose(0, 1))
+    queries = query if query.dim() == 2 or layer.batch_first else query.transpose(0, 1)
+    told = _explain_attention(name, queries, head_size=layer.head_dim)
     if need_weights:
         return replace(told, reason=f"{told.reason}; the weights that are asked for, by products of torch")
     return told
 
 
-def _explain_attention(name: str, query: Tensor, *others: Any, **options: Any) -> Explanation:
-    if query.device.type != "cpu":
+def _explain_attention(
+    name: str, query: Tensor, *others: Any, head_size: int | None = None, **options: Any
+) -> Explanation:
+    on_cuda = _load.CUDA_BUILT and query.is_cuda
+    if not query.is_cpu and not on_cuda:
         return Explanation(name, "none", "nothing", f"there is no kernel for {query.device.type}; the call is an error")
     (query,) = autocast(query)
     dtype = str(query.dtype).removeprefix("torch.")
@@ -106,14 +120,19 @@ def _explain_attention(name: str, query: Tensor, *others: Any, **options: Any) -
     if ops.is_transformed():
         reason = "a torch.func transform or forward-mode AD is active, and kernels have no rules for them"
         return Explanation(name, "reference", "fastseq.reference.attention", reason)
-    converted = query.dtype is torch.float16
+    value = others[1] if len(others) > 1 else options.get("value", query)
+    size = head_size or max(query.shape[-1], value.shape[-1])
+    if is_too_large(query, size):
+        reason = f"its heads have {size} numbers, and the kernels on CUDA take {_load._C.MOST_CUDA_HEAD_SIZE}"
+        return Explanation(name, "reference", "fastseq.reference.attention", reason)
+    converted = query.dtype is torch.float16 and not on_cuda
     kind = "float32" if converted else dtype
-    reason = f"the input is {dtype} on the CPU" + (", converted to float32 and back" if converted else "")
-    if name != "fastseq.varlen_attention":
+    reason = f"the input is {dtype} on {_place(query)}" + (", converted to float32 and back" if converted else "")
+    if name != "fastseq.varlen_attention" and not on_cuda:
         queries, few = query.shape[-2], _load._C.FEW_QUERIES
         reason += (
             f", and of {queries} queries, no more than {few}, each key is read once, where it lies"
             if queries <= few
             else f", and of {queries} queries, more than {few}, keys are packed and shared by blocks of them"
         )
-    return Explanation(name, "kernel", f"fastseq::attention_forward ({kind}, {_load._C.isa()})", reason)
+    return Explanation(name, "kernel", f"fastseq::attention_forward ({kind}, {_code(query)})", reason)

@@ -40,7 +40,7 @@ def rnn(
     lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""A stack of recurrent layers over whole sequences, or one step of one layer, on the CPU.
+    r"""A stack of recurrent layers over whole sequences, or one step of one layer, on the CPU or CUDA.
 
     With gx = x W_ihᵀ + b_ih and gh = h W_hhᵀ + b_hh split into the cell's gates, in PyTorch's order,
 
@@ -71,8 +71,12 @@ def rnn(
         output (T, B, D·P), packed (N, D·P), or (B, P) for one step; h_n (L·D, B, P), or an empty tensor for one step,
         where it would equal `output`; c_n (L·D, B, H) or (B, H), an empty tensor for a cell other than the LSTM.
 
-    All tensors are of one dtype: float32, float64 or bfloat16. In bfloat16 the arithmetic is in float32; h is rounded
-    as it is stored, at every step, c only where it is returned or kept for backward.
+    All tensors are of one dtype: float32, float64 or bfloat16, on CUDA also float16. In the last two the arithmetic is
+    in float32; h is rounded as it is stored, at every step, c only where it is returned or kept for backward.
+
+    On CUDA, which takes an extension built with it, all runs on the current stream and waits for nothing. A CUDA graph
+    can capture a call, but not one with `lengths`, whose tables are made on the CPU; of `batch_sizes` every replay has
+    the same.
 
     Differentiable twice in x, hx, cx and the weights. Under `torch.func` transforms and forward-mode AD the call runs
     `fastseq.reference.rnn`, which is plain PyTorch, so that `grad`, `vmap` and `jvp` are right there, if slow.
@@ -259,7 +263,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastseq::rnn_double_backward", "cpu")
+@torch.library.impl("fastseq::rnn_double_backward", ("cpu", "cuda"))
 def _rnn_double_backward_opaque(*args: Any) -> list[Tensor]:
     return [t.detach().clone() for t in _rnn_double_backward(*args)]
 

@@ -414,7 +414,7 @@ def attention_piece(
     i = torch.arange(piece.first, piece.first + L, device=query.device)[:, None]
     j = torch.arange(S, device=query.device)
     queries, keys = [
-        count if lengths is None else lengths.view(B, 1, 1, 1)
+        count if lengths is None else lengths.view(B, 1, 1, 1).to(query.device)
         for lengths, count in ((query_lengths, piece.queries), (key_lengths, S))
     ]
     distance = j - i - (keys - queries if from_end else 0)
@@ -474,7 +474,8 @@ def dropout_multipliers(seed: Tensor, p: float, heads: Tensor, queries: Tensor, 
     """
     threshold = 65536 if p == 1 else min(round(p * 65536), 65535)
     groups = -(-keys // 128)
-    column = torch.arange(groups * 16, device=seed.device)
+    seed = seed.to(heads.device)
+    column = torch.arange(groups * 16, device=heads.device)
     head, query = heads[..., None], queries[:, None]
     zero = torch.zeros_like(column + head + query)
     words = philox([zero + column, zero + query, zero + head, zero], seed)

@@ -1,9 +1,10 @@
 """Recurrent layers and cells that stand in for those of `torch.nn`: same arguments, same parameters, same results.
 
-A call on the CPU in float32, float64 or bfloat16 runs the fused kernels (`fastseq.ops.rnn`); another device or dtype,
-and autocast, run torch's own operator, or the reference for a cell that torch does not have. `kernel_obstacle` decides,
-and `fastseq.explain` tells. Where nothing is recorded, most calls that would run the kernels reach them by a shorter
-way (`_C.direct_layer`, `direct_cell`); what is written here is what those do, and what runs for all other calls.
+A call on the CPU in float32, float64 or bfloat16 runs the fused kernels (`fastseq.ops.rnn`), and so does one on CUDA in
+those or float16 where the extension was built with CUDA; another device or dtype, and autocast, run torch's own
+operator, or the reference for a cell that torch does not have. `kernel_obstacle` decides, and `fastseq.explain` tells.
+Where nothing is recorded, most calls on the CPU that would run the kernels reach them by a shorter way
+(`_C.direct_layer`, `direct_cell`); what is written here is what those do, and what runs for all other calls.
 
 Letters in shapes: T time steps, B batch, I input_size, H hidden_size, P proj_size (H without projection), L num_layers,
 D directions (2 if bidirectional, else 1), N rows of packed data.
@@ -31,6 +32,7 @@ Lengths = Tensor | Sequence[int]
 Pair = tuple[Tensor, Tensor]
 
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CUDA_KERNEL_DTYPES = (*KERNEL_DTYPES, torch.float16)
 TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # what RNNBase calls the cells that torch has
 
 
@@ -38,12 +40,16 @@ def kernel_obstacle(x: Tensor) -> str | None:
     """Why a call with this input runs torch's own operator; None if it runs a kernel.
 
     The direct call comes before this question. What is an obstacle here must not be plain there."""
-    if not x.is_cpu:
-        return f"the input is on {x.device}, and the kernels run on the CPU"
-    if x.dtype not in KERNEL_DTYPES:
-        return f"the input is {x.dtype}, and the kernels take torch.float32, torch.float64 and torch.bfloat16"
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"):
-        return f"autocast to {torch.get_autocast_dtype('cpu')} is on, which casts inside torch's operator"
+    on_cuda = _load.CUDA_BUILT and x.is_cuda
+    if not x.is_cpu and not on_cuda:
+        where = "the CPU and on CUDA" if _load.CUDA_BUILT else "the CPU"
+        return f"the input is on {x.device}, and the kernels run on {where}"
+    if x.dtype not in (CUDA_KERNEL_DTYPES if on_cuda else KERNEL_DTYPES):
+        half = ", torch.float16" if on_cuda else ""
+        return f"the input is {x.dtype}, and the kernels take torch.float32, torch.float64{half} and torch.bfloat16"
+    device = "cuda" if on_cuda else "cpu"
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(device):
+        return f"autocast to {torch.get_autocast_dtype(device)} is on, which casts inside torch's operator"
     return None
 
 

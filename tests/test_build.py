@@ -85,10 +85,22 @@ def test_build_facts():
     assert facts["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert "-ffp-contract=off" in facts["flags"]
     assert re.fullmatch(r"\w+ \d+[.]\d+.*", facts["compiler"])
-    assert _C.cuda() == {"built": False, "why": "this version of fastseq has no CUDA kernels"}
+    cuda = _C.cuda()
+    if cuda["built"]:
+        assert cuda["version"].split(".")[0] == torch.version.cuda.split(".")[0]
+        assert re.fullmatch(r"(sm_\d+[af]? )+compute_\d+[af]?", cuda["archs"])
+    else:
+        assert cuda == {"built": False, "why": "it was built without FASTSEQ_CUDA=1", "version": "", "archs": ""}
 
 
 # ---- setup.py: one sentence for each thing that is missing -----------------------------------------------------------
+
+# A torch that was built with CUDA 1.0, and what setup.py takes for an nvcc of 13.0.
+CUDA = (
+    "import torch; torch.version.cuda = '1.0'; nvcc = pathlib.Path(tempfile.mkdtemp(), 'nvcc'); "
+    "nvcc.write_text('#!/bin/sh\\necho release 13.0 sm_80 sm_90\\n'); nvcc.chmod(0o755); "
+    "os.environ.update(FASTSEQ_CUDA='1', FASTSEQ_NVCC=str(nvcc))"
+)
 
 # Each prepares the interpreter in which setup.py then runs as `python setup.py build_ext`.
 MISSING = {
@@ -133,9 +145,31 @@ MISSING = {
         "utils.cpp_extension = None",
         "needs torch 2.13 or newer, and 2.1.0 is installed: run `pip install --upgrade torch`.",
     ),
-    "cuda": (
-        "os.environ['FASTSEQ_CUDA'] = '1'",
-        "FASTSEQ_CUDA asks for CUDA kernels, and this version has none: build without it.",
+    "torch with CUDA": (
+        "os.environ['FASTSEQ_CUDA'] = '1'; import torch; torch.version.cuda = None; torch.__version__ = '2.99.0+cpu'",
+        "FASTSEQ_CUDA=1 needs a torch that was built with CUDA, and 2.99.0+cpu was not: install one, as "
+        "https://pytorch.org/get-started says, or build without FASTSEQ_CUDA.",
+    ),
+    "architectures": (
+        f"{CUDA}; os.environ['FASTSEQ_CUDA_ARCHS'] = '8.0;hopper'",
+        "FASTSEQ_CUDA_ARCHS must name architectures, as 8.0,9.0 or 80;90 or sm_90; got 'hopper'.",
+    ),
+    "newer architectures": (
+        f"{CUDA}; os.environ['FASTSEQ_CUDA_ARCHS'] = '7.5'",
+        "the CUDA kernels need architecture 80 or newer; FASTSEQ_CUDA_ARCHS has 7.5.",
+    ),
+    "named nvcc": (
+        f"{CUDA}; os.environ['FASTSEQ_NVCC'] = 'no-such-nvcc'",
+        "FASTSEQ_NVCC names no-such-nvcc, which is no program that can be run.",
+    ),
+    "nvcc of torch's CUDA": (
+        f"{CUDA}; torch.__version__ = '2.99.0'",
+        "torch 2.99.0 was built with CUDA 1.0, and NVCC is of 13.0: set FASTSEQ_NVCC to an nvcc of CUDA 1, or "
+        "install a torch of the other.",
+    ),
+    "an architecture that nvcc knows": (
+        f"{CUDA}; torch.version.cuda = '13.0'; os.environ['FASTSEQ_CUDA_ARCHS'] = '8.0 9.9'",
+        "nvcc 13.0 has no architecture 99: set FASTSEQ_CUDA_ARCHS to some of what `NVCC --list-gpu-code` prints.",
     ),
 }
 
@@ -143,11 +177,13 @@ MISSING = {
 @pytest.mark.parametrize("what", MISSING)
 def test_setup_says_in_one_sentence_what_is_missing(what):
     prepare, sentence = MISSING[what]
-    script = f"import os, runpy, sys; {prepare}; sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; " + (
-        "runpy.run_path('setup.py', run_name='__main__')"
+    script = f"import os, pathlib, runpy, sys, tempfile; {prepare}; " + (
+        "sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; runpy.run_path('setup.py', run_name='__main__')"
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1
-    assert done.stderr == f"fastseq: {sentence}\n"
+    # A torch with CUDA tells of a machine without a GPU; the nvcc that is none is in another folder each time.
+    said = [line for line in done.stderr.splitlines() if "cpp_extension" not in line]
+    assert [re.sub(r"/\S*/nvcc\b", "NVCC", line) for line in said] == [f"fastseq: {sentence}"]

@@ -84,7 +84,7 @@ Block find_block(std::size_t bytes) {
 
 Block take_block(std::size_t bytes) {
   const Block block = find_block(bytes);
-  if (poisoned.load(std::memory_order_relaxed)) std::memset(block.data, 0xff, block.bytes);
+  if (blocks_are_poisoned()) std::memset(block.data, 0xff, block.bytes);
   return block;
 }
 
@@ -114,5 +114,6 @@ void release_kept_blocks() {
 }
 
 void poison_blocks(bool poison) { poisoned.store(poison, std::memory_order_relaxed); }
+bool blocks_are_poisoned() { return poisoned.load(std::memory_order_relaxed); }
 
 }  // namespace fastseq::cpu

@@ -28,5 +28,6 @@ void release_kept_blocks();  // to the system
 
 // For tests: from now on blocks come full of NaN, in every type, so that whoever reads what nobody wrote is seen.
 void poison_blocks(bool poison);
+bool blocks_are_poisoned();
 
 }  // namespace fastseq::cpu

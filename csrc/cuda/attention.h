@@ -3,8 +3,8 @@
 #pragma once
 
 #include "../attention_params.h"
+#include "../params.h"
 #include "call.h"
-#include "number.h"
 
 namespace fastseq::cuda {
 

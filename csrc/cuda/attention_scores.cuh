@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "attention.h"
+#include "number.h"
 
 namespace fastseq::cuda {
 

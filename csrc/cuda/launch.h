@@ -30,7 +30,7 @@ constexpr std::size_t kSharedByDefault = 48 << 10;  // more of it has to be aske
 __device__ inline void grid_sync() {
 #if defined(FASTSEQ_EMULATE_CUDA)
   emulation::grid_sync();
-#else
+#elif defined(__CUDACC__)  // csrc/torch, which launches nothing, is compiled by another compiler
   cooperative_groups::this_grid().sync();
 #endif
 }

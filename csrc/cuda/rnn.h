@@ -3,8 +3,8 @@
 #pragma once
 
 #include "../cell_list.h"
+#include "../params.h"
 #include "call.h"
-#include "number.h"
 
 namespace fastseq::cuda {
 

@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_ker
   struct Saved {
     float keep[Cell::kept + 1], h, h_before, c_before, d_output;
   };
-  Saved saved[kEach];
+  Saved saved[kEach] = {};
   const auto fetch = [&](int64_t step) {
     const int64_t n = time_of(step, p.steps, d) * B;
     const T* const h_before = step_before<T>(p.output + d * H, p.h0[d], step, p.steps, d, B * output_row);

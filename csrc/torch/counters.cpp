@@ -10,7 +10,7 @@ namespace {
 
 constexpr const char* kNames[] = {
     "rnn_forward", "rnn_backward", "attention_forward", "attention_backward", "attention_mask_backward"};
-constexpr const char* kTypes[] = {"float32", "float64", "bfloat16"};
+constexpr const char* kTypes[] = {"float32", "float64", "bfloat16", "float16"};
 constexpr int kTypeCount = sizeof(kTypes) / sizeof(kTypes[0]);
 std::atomic<int64_t> calls[static_cast<int>(Counted::count)][cpu::kCells][kTypeCount];
 
@@ -38,6 +38,10 @@ void count_call<double>(Counted kernel, CellKind cell) {
 template <>
 void count_call<bfloat16>(Counted kernel, CellKind cell) {
   count_call(kernel, cell, 2);
+}
+template <>
+void count_call<float16>(Counted kernel, CellKind cell) {
+  count_call(kernel, cell, 3);
 }
 
 std::map<std::string, int64_t> counters() {

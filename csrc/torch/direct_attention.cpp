@@ -3,6 +3,7 @@
 #include "direct_call.h"
 #include "plain_call.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <cmath>
 
 namespace fastseq {

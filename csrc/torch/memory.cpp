@@ -53,6 +53,7 @@ at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like) {
   return at::detail::empty_generic(sizes, &kept_memory, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
 }
 
+// On another device a clone: torch's copy on write knows nothing of streams there.
 at::Tensor copy_on_write(const at::Tensor& t) {
   if (!t.key_set().has(c10::DispatchKey::CPU) || t.key_set().has(c10::DispatchKey::Python) || !t.is_contiguous())
     return t.clone();

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "../attention_params.h"
+#include "attention.h"
 #include "build_info.h"
 #include "counters.h"
 #include "direct_call.h"
@@ -37,9 +38,11 @@ PYBIND11_MODULE(_C, m) {
         py::dict out;
         out["built"] = build_info::cuda_built;
         out["why"] = build_info::cuda_why;
+        out["version"] = build_info::cuda_version;
+        out["archs"] = build_info::cuda_archs;
         return out;
       },
-      "Whether CUDA kernels are in this build, and why or why not.");
+      "Whether CUDA kernels are in this build and why, of which CUDA, and for which architectures.");
   m.def("isa", &isa, "The instruction set in use.");
   m.def("available_isas", &available_isas, "Instruction sets in this build that this machine runs, best first.");
   m.def(
@@ -57,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "The cells: gates (G), planes of H kept for backward, states (1: h; 2: h and c).");
   m.attr("FEW_QUERIES") = kFewQueries;
+  m.attr("MOST_CUDA_HEAD_SIZE") = kMostCudaHeadSize;
   m.def("counters", &counters, "Calls of each kernel since the start or the last reset; only kernels that ran.");
   m.def("direct_calls", &direct_calls,
         "Calls since then that went by direct_layer and direct_cell; counters has them too.");

@@ -27,10 +27,10 @@ TORCH_LIBRARY(fastseq, m) {
 }
 
 TORCH_LIBRARY_IMPL(fastseq, CPU, m) {
-  m.impl("rnn_forward", fastseq::rnn_forward_cpu);
-  m.impl("rnn_backward", fastseq::rnn_backward_cpu);
-  m.impl("attention_forward", fastseq::attention_forward_cpu);
-  m.impl("attention_backward", fastseq::attention_backward_cpu);
+  m.impl("rnn_forward", fastseq::rnn_forward<fastseq::CpuDevice>);
+  m.impl("rnn_backward", fastseq::rnn_backward<fastseq::CpuDevice>);
+  m.impl("attention_forward", fastseq::attention_forward<fastseq::CpuDevice>);
+  m.impl("attention_backward", fastseq::attention_backward<fastseq::CpuDevice>);
 }
 
 TORCH_LIBRARY_IMPL(fastseq, Autograd, m) {

@@ -24,8 +24,13 @@ using RnnBackwardSignature = std::vector<at::Tensor>(
     const OptionalTensor&, const OptionalTensor&, at::TensorList, at::TensorList, const OptionalTensor&,
     const OptionalTensor&, int64_t, bool, bool, const at::Tensor&, const at::Tensor&, c10::List<bool>);
 
-RnnForwardSignature rnn_forward_cpu;
-RnnBackwardSignature rnn_backward_cpu;
+// On the key of a device, CpuDevice or, in a build with CUDA, CudaDevice.
+template <class Device>
+RnnForwardSignature rnn_forward;
+template <class Device>
+RnnBackwardSignature rnn_backward;
+
+class CpuDevice;
 
 // On the autograd keys: runs the operator below and records rnn_backward.
 FASTSEQ_API RnnForwardSignature rnn_forward_autograd;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "types.h"
+
 namespace fastseq {
 
 namespace {
@@ -27,8 +29,7 @@ int64_t checked_product(std::initializer_list<int64_t> factors) {
 void check_like(const char* name, const at::Tensor& t, const at::Tensor& x) {
   TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, " must have the dtype of the input, ", x.scalar_type(),
               "; got ", t.scalar_type());
-  TORCH_CHECK(
-      t.device() == x.device(), name, " must be on the device of the input, ", x.device(), "; got ", t.device());
+  check_device(name, t, x);
 }
 
 // `where` is put together only for the message: in a call of one step these checks are a part of the time.
@@ -59,9 +60,7 @@ RnnStack::RnnStack(const RnnArguments& a)
   single_step = a.x.dim() == 2 && !packed;
   TORCH_CHECK(a.x.dim() == 2 || (a.x.dim() == 3 && !packed), "input must be (T, B, I), (B, I) for a single step, or ",
               "(N, I) with batch_sizes; got ", a.x.sizes());
-  const at::ScalarType type = a.x.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16,
-              "the kernels take float32, float64 and bfloat16; got ", type);
+  check_kernel_type(a.x);
   TORCH_CHECK(layers >= 1, "num_layers must be at least 1; got ", layers);
   TORCH_CHECK(!single_step || (layers == 1 && directions == 1 && !a.lengths),
               "a single step (2-D input) is one layer, one direction, no lengths; got num_layers=", layers,

@@ -42,9 +42,10 @@ class FASTSEQ_API RnnStack {
   int64_t steps, batch, input_size, hidden_size, out_size;
   int64_t padded_rows;                        // T*B, or the rows of a packed batch
   std::vector<int64_t> batch_sizes, offsets;  // empty when dense
-  at::Tensor rows;                            // lengths=: packed row -> padded row t*B + b; undefined otherwise
-  at::Tensor order;                           // lengths=: rows of the batch, longest first; undefined otherwise
-  at::Tensor rank;                            // its inverse
+  // The next three are made on the CPU, and have to be on the device of the input where they are used.
+  at::Tensor rows;   // lengths=: packed row -> padded row t*B + b; undefined otherwise
+  at::Tensor order;  // lengths=: rows of the batch, longest first; undefined otherwise
+  at::Tensor rank;   // its inverse
 
   Schedule schedule() const;
   int64_t total_rows() const { return schedule().total_rows(); }

@@ -1,20 +1,13 @@
 // torch's tensors and numbers as the kernels take them.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
-#include "../cpu/dispatch.h"
+#include "../params.h"
 
 namespace fastseq {
 
-// The kernels run serially in a forked child, whose OpenMP threads did not survive; torch's operators would wait for
-// them for ever. As DataLoader in its workers, this leaves the child with one thread.
-inline void one_thread_in_a_forked_child() {
-  if (cpu::in_forked_child() && at::get_num_threads() > 1) at::set_num_threads(1);
-}
-
-// The kernels have a bfloat16 of their own: they know no torch.
+// The kernels have a bfloat16 and a float16 of their own: they know no torch.
 template <class T>
 struct TensorType {
   using type = T;
@@ -22,6 +15,10 @@ struct TensorType {
 template <>
 struct TensorType<bfloat16> {
   using type = at::BFloat16;
+};
+template <>
+struct TensorType<float16> {
+  using type = at::Half;
 };
 
 template <class T>
@@ -33,9 +30,11 @@ T* mutable_pointer(const at::Tensor& t) {
   return t.defined() ? reinterpret_cast<T*>(t.mutable_data_ptr<typename TensorType<T>::type>()) : nullptr;
 }
 
-// f of a number of the type, which is one that the kernels take.
-template <class F>
+// f of a number of the type, which is one that the device's kernels take.
+template <class Device, class F>
 auto with_type(at::ScalarType type, const F& f) {
+  if constexpr (Device::kTakesFloat16)
+    if (type == at::kHalf) return f(float16());
   switch (type) {
     case at::kDouble:
       return f(double());
@@ -46,9 +45,15 @@ auto with_type(at::ScalarType type, const F& f) {
   }
 }
 
-inline void check_kernel_type(at::ScalarType type) {
-  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16,
-              "the kernels take float32, float64 and bfloat16; got ", type);
+inline void check_device(const char* name, const at::Tensor& t, const at::Tensor& input) {
+  TORCH_CHECK(t.device() == input.device(), name, " must be on the device of the input, ", input.device(), "; got ",
+              t.device());
+}
+
+inline void check_kernel_type(const at::Tensor& t) {
+  const at::ScalarType type = t.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || (type == at::kHalf && t.is_cuda()),
+              "the kernels take float32, float64 and bfloat16", t.is_cuda() ? " and float16" : "", "; got ", type);
 }
 
 }  // namespace fastseq

@@ -26,7 +26,7 @@ def facts() -> dict[str, str]:
         "instruction set": f"{_load._C.isa()} (of {', '.join(_load._C.available_isas())}; FASTSEQ_ISA forces one)",
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
         "cells": ", ".join(_load._C.cells()),
-        "CUDA": f"{'yes' if cuda['built'] else 'no'}: {cuda['why']}",
+        "CUDA": f"yes: {cuda['version']}, for {cuda['archs']}" if cuda["built"] else f"no: {cuda['why']}",
     }
 
 

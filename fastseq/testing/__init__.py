@@ -5,6 +5,7 @@
     >>> print(report(run_checks(Case("lstm", T=50, B=8, I=40, H=64, P=16))))  # a case of one's own
     >>> print(report(run_checks(torch.nn.GRU(40, 64, bidirectional=True))))   # a layer, with the weights it has
     >>> print(report(run_checks(op=my_rnn)))                                  # a function like fastseq.ops.rnn
+    >>> print(report(run_checks(device="cuda")))                              # what a build with CUDA computes there
 
 - `check_forward`: the outputs are torch.nn's, and the same bits again
 - `check_reference`: outputs and gradients against `fastseq.reference` in float64, as precise as torch.nn
@@ -24,6 +25,7 @@ from fastseq.testing.checks import (
     check_second_gradients,
     default_cases,
     layer_op,
+    on_device,
     report,
     run_checks,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "check_second_gradients",
     "default_cases",
     "layer_op",
+    "on_device",
     "report",
     "run_checks",
 ]

@@ -42,7 +42,7 @@ class Case:
             and, if B > 2, one of them 0; "packed", x (N, I) with rows of random lengths 1..T; "step", one step, (B, I).
         dropout: probability of a zero in the masks between layers.
         state: whether an initial state is given; False means none, which is zeros.
-        dtype: torch.float32, torch.float64 or torch.bfloat16.
+        dtype: torch.float32, torch.float64 or torch.bfloat16; on CUDA also torch.float16.
         seed: of the random numbers.
     """
 

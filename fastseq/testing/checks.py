@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -147,11 +147,34 @@ def default_cases() -> Iterator[tuple[Case, str]]:
                 yield case, "second"
 
 
+def on_device(op: Op, device: torch.device | str) -> Op:
+    """`op` with its tensors on another device, `lengths` and `batch_sizes` excepted; what goes in and comes out is on
+    the CPU, gradients too. So the checks hold what the device computes to what the CPU does."""
+
+    def moved(
+        cell: str,
+        x: Tensor,
+        hx: Tensor | None = None,
+        cx: Tensor | None = None,
+        weights: Sequence[Tensor] = (),
+        *,
+        dropout_masks: Sequence[Tensor] = (),
+        **options: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x, hx, cx = (t if t is None else t.to(device) for t in (x, hx, cx))
+        weights, masks = ([t.to(device) for t in tensors] for tensors in (weights, dropout_masks))
+        output, h_n, c_n = op(cell, x, hx, cx, weights, dropout_masks=masks, **options)
+        return output.cpu(), h_n.cpu(), c_n.cpu()
+
+    return op if torch.device(device).type == "cpu" else moved
+
+
 def run_checks(
     cases: Iterable[Subject] | Subject | None = None,
     *,
     checks: Sequence[str] | None = None,
     op: Op = ops.rnn,
+    device: torch.device | str = "cpu",
     on_result: Callable[[Result], Any] | None = None,
 ) -> list[Result]:
     """Runs checks over cases.
@@ -161,6 +184,7 @@ def run_checks(
             it. A layer is checked in every form of input that it takes, in evaluation mode, with the weights it has.
         checks: names of `CHECKS`; None means all (of a layer and of a case that was named).
         op: what is checked, where a case is no layer: a function like `fastseq.ops.rnn`.
+        device: where it runs; what it is held to is computed on the CPU.
         on_result: called with each result as it comes, for a progress bar or a log.
 
     Returns:
@@ -183,7 +207,8 @@ def run_checks(
         pairs = ((s, name) for some in each for s in some for name in checks or CHECKS)
     results = []
     for subject, name in pairs:
-        result = CHECKS[name](subject, op)
+        prepared = subject if isinstance(subject, _Prepared) else _prepare(subject, op)
+        result = CHECKS[name](replace(prepared, op=on_device(prepared.op, device)), op)
         results.append(result)
         if on_result is not None:
             on_result(result)

@@ -148,6 +148,20 @@ struct World {
 Order order = Order::first_to_last;
 uint64_t random_state = 1;
 
+// FASTSEQ_EMULATION_SCHEDULE is first-to-last, last-to-first or random:SEED.
+const bool environment_read = [] {
+  const char* const text = std::getenv("FASTSEQ_EMULATION_SCHEDULE");
+  if (!text || !*text || !std::strcmp(text, "first-to-last")) return true;
+  if (!std::strcmp(text, "last-to-first")) {
+    order = Order::last_to_first;
+  } else if (!std::strncmp(text, "random:", 7)) {
+    order = Order::random, random_state = std::strtoull(text + 7, nullptr, 10);
+  } else {
+    fail("FASTSEQ_EMULATION_SCHEDULE must be first-to-last, last-to-first or random:SEED");
+  }
+  return true;
+}();
+
 uint64_t next_random() {  // splitmix64 (Steele et al., 2014)
   uint64_t z = random_state += 0x9E3779B97F4A7C15u;
   z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
