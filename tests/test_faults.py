@@ -97,7 +97,7 @@ FAULTS = {
         "words[1][l] = 0",
     ),
     "attention: entries of the batch take the first one's number of keys": (
-        "csrc/cpu/attention_driver.h",
+        "csrc/attention_entry.h",
         "p.keys = p.ragged_keys.count(b, p.keys)",
         "p.keys = p.ragged_keys.count(0, p.keys)",
     ),
