@@ -79,8 +79,8 @@ class LayerBackward {
       }
       return with_tile<T>(plan.tile, [&](auto units, auto rows) {
         const auto run = [&](auto kernel) {
-          return launch<true>(
-              kernel, plan.grid, dim3(kPersistentThreads), static_cast<std::size_t>(plan.shared), call_.stream, p);
+          return launch<true>(kernel, plan.grid, dim3(backward_threads(sizeof(T))),
+                              static_cast<std::size_t>(plan.shared), call_.stream, p);
         };
         if constexpr (!kHalf<T>)
           if (!call_.tf32) return run(persistent_backward_kernel<Cell, T, true, units(), rows()>);

@@ -92,7 +92,7 @@ class LayerForward {
       return with_tile<T>(plan.tile, [&](auto units, auto rows) {
         const auto run = [&](auto kernel) {
           return launch<true>(
-              kernel, plan.grid, dim3(kPersistentThreads), static_cast<std::size_t>(plan.shared), call_.stream, p);
+              kernel, plan.grid, dim3(kForwardThreads), static_cast<std::size_t>(plan.shared), call_.stream, p);
         };
         if constexpr (!kHalf<T>)
           if (!call_.tf32) return run(persistent_forward_kernel<Cell, T, true, units(), rows()>);

@@ -22,16 +22,20 @@
 
 namespace fastseq::cuda {
 
-constexpr int kPersistentThreads = 256, kPersistentWarps = kPersistentThreads / kWarp;
+// Of a block. Sixteen warps are quicker at the long sums of backward than eight (a seventh, on an H100), and no quicker
+// at forward's; of floats they would not find registers enough.
+constexpr int kForwardThreads = 256;
+FASTSEQ_INLINE constexpr int backward_threads(int64_t number_bytes) { return number_bytes == 2 ? 512 : 256; }
 constexpr int64_t kChunkBytes = 4 * sizeof(Words4);  // of a row along K that a warp reads at once
 template <class T>
 constexpr int64_t kChunkOfK = kChunkBytes / static_cast<int64_t>(sizeof(T));
 
 // How a tile's work is shared by the warps.
-template <int kRows>
+FASTSEQ_INLINE constexpr int row_groups_of(int rows) { return rows >= 64 ? 2 : 1; }
+FASTSEQ_INLINE constexpr int depth_groups_of(int threads, int rows) { return threads / kWarp / row_groups_of(rows); }
+template <int kThreads, int kRows>
 struct WarpGrid {
-  static constexpr int row_groups = kRows >= 64 ? 2 : 1;
-  static constexpr int depth_groups = kPersistentWarps / row_groups;
+  static constexpr int row_groups = row_groups_of(kRows), depth_groups = depth_groups_of(kThreads, kRows);
   static constexpr int row_tiles = kRows / 16 / row_groups;  // of mma, a warp
 };
 
@@ -96,15 +100,15 @@ __device__ __forceinline__ uint32_t factor(uint32_t word, uint32_t& rest) {
 
 // sums += left * weights of numbers [k, end) along K, of which `left` has `valid`; left rows are `left_row` numbers
 // apart, `rows` of them there.
-template <class T, bool kSplit, int kRowTiles, int kColumnTiles>
+template <class T, bool kSplit, int kThreads, int kRowTiles, int kColumnTiles>
 __device__ __forceinline__ void multiply_strip(float (&sums)[kRowTiles][kColumnTiles][4], const T* left,
                                                int64_t left_row, int64_t rows, const unsigned char* weights,
                                                int64_t weight_row, int64_t k, int64_t end, int64_t valid) {
   constexpr int64_t kEach = sizeof(Words4) / sizeof(T);  // numbers that a thread reads at once
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
   // As many loads under way as registers hold.
-  constexpr int kWords = 2 * kRowTiles + kColumnTiles, kMost = kSplit ? 5 : 6;
-  [[maybe_unused]] constexpr int kUnroll = kWords <= 3 ? 8 : kWords <= kMost ? 4 : 2;
+  constexpr int kWords = 2 * kRowTiles + kColumnTiles, kMost = kSplit || kThreads > 256 ? 5 : 6;
+  [[maybe_unused]] constexpr int kUnroll = (kWords <= 3 ? 8 : kWords <= kMost ? 4 : 2) * 256 / kThreads;
 #pragma unroll kUnroll
   for (; k < end; k += kChunkOfK<T>) {
     const int64_t at = k + kEach * t;
@@ -163,9 +167,9 @@ __device__ __forceinline__ void put_sums(const float (&sums)[kRowTiles][kColumnT
 }
 
 // A block's product: columns of weights, of which each has `parts` of H numbers along K.
-template <class T, int kColumns, int kParts, int kRows>
+template <class T, int kThreads, int kColumns, int kParts, int kRows>
 struct TileProduct {
-  using Warps = WarpGrid<kRows>;
+  using Warps = WarpGrid<kThreads, kRows>;
   static constexpr int planes = Warps::depth_groups;  // of sums
 
   // Numbers of a part that each depth group has, that all have, and of a whole row.
@@ -179,8 +183,8 @@ struct TileProduct {
 };
 
 // Units of a block's rows that a thread has.
-template <int kUnits, int kRows>
-constexpr int kUnitsOfThread = (kRows * kUnits + kPersistentThreads - 1) / kPersistentThreads;
+template <int kThreads, int kUnits, int kRows>
+constexpr int kUnitsOfThread = (kRows * kUnits + kThreads - 1) / kThreads;
 
 // Shared memory, numbers [0, count) of a row, from `from` at distance `step`, then zeros up to `all`.
 template <class T>
@@ -189,10 +193,11 @@ __device__ void fill_row(T* to, const T* from, int64_t step, int64_t count, int6
 }
 
 template <class Cell, class T, bool kSplit, int kUnits, int kRows>
-__global__ void __launch_bounds__(kPersistentThreads, 1) persistent_forward_kernel(PersistentForward<T> p) {
-  constexpr int kColumns = Cell::gates * kUnits, kEach = kUnitsOfThread<kUnits, kRows>;
-  using Tile = TileProduct<T, kColumns, 1, kRows>;
-  using Warps = WarpGrid<kRows>;
+__global__ void __launch_bounds__(kForwardThreads, 1) persistent_forward_kernel(PersistentForward<T> p) {
+  constexpr int kThreads = kForwardThreads;
+  constexpr int kColumns = Cell::gates * kUnits, kEach = kUnitsOfThread<kThreads, kUnits, kRows>;
+  using Tile = TileProduct<T, kThreads, kColumns, 1, kRows>;
+  using Warps = WarpGrid<kThreads, kRows>;
   FASTSEQ_SHARED(shared);
   const int64_t B = p.batch, H = p.hidden, GH = Cell::gates * H;
   const int d = blockIdx.z, warp = threadIdx.x / kWarp;
@@ -209,7 +214,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_forward_kern
   float c[kEach], h[kEach];
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
-    const int i = threadIdx.x + e * kPersistentThreads;
+    const int i = threadIdx.x + e * kThreads;
     const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
     c[e] = h[e] = 0;
     if (i >= kRows * kUnits || row >= B || unit >= H) continue;
@@ -225,7 +230,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_forward_kern
     const int64_t n = (time_of(step, p.steps, d) - (d == 0 ? p.begin : p.steps - p.end)) * B;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int i = threadIdx.x + e * kPersistentThreads;
+      const int i = threadIdx.x + e * kThreads;
       const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
       if (i >= kRows * kUnits || row >= B || unit >= H) continue;
 #pragma unroll
@@ -241,16 +246,16 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_forward_kern
     if (const T* const left = step_before<T>(p.output + d * H, p.h0[d], step, p.steps, d, B * p.directions * H)) {
       const int64_t left_row = step == 0 ? H : p.directions * H;
       float part[Warps::row_tiles][kColumns / 8][4] = {};
-      multiply_strip<T, kSplit>(part, left + warp_row * left_row, left_row, B - warp_row, weights, weight_row,
-                                depth_group * depth, (depth_group + 1) * depth, H);
+      multiply_strip<T, kSplit, kThreads>(part, left + warp_row * left_row, left_row, B - warp_row, weights, weight_row,
+                                          depth_group * depth, (depth_group + 1) * depth, H);
       put_sums(part, sums + (depth_group * kRows + row_group * Warps::row_tiles * 16) * sums_row(kColumns));
     } else {
-      for (int i = threadIdx.x; i < Tile::planes * kRows * sums_row(kColumns); i += kPersistentThreads) sums[i] = 0;
+      for (int i = threadIdx.x; i < Tile::planes * kRows * sums_row(kColumns); i += kThreads) sums[i] = 0;
     }
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int i = threadIdx.x + e * kPersistentThreads;
+      const int i = threadIdx.x + e * kThreads;
       const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
       if (i >= kRows * kUnits || row >= B || unit >= H) continue;
       float gh[Cell::gates], keep[Cell::kept + 1];
@@ -278,7 +283,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_forward_kern
   if constexpr (Cell::cell_state) {
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int i = threadIdx.x + e * kPersistentThreads;
+      const int i = threadIdx.x + e * kThreads;
       const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
       if (i < kRows * kUnits && row < B && unit < H) p.c[d][row * H + unit] = c[e];
     }
@@ -286,10 +291,11 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_forward_kern
 }
 
 template <class Cell, class T, bool kSplit, int kUnits, int kRows>
-__global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_kernel(PersistentBackward<T> p) {
-  constexpr int kColumns = kUnits, kEach = kUnitsOfThread<kUnits, kRows>;
-  using Tile = TileProduct<T, kColumns, Cell::gates, kRows>;
-  using Warps = WarpGrid<kRows>;
+__global__ void __launch_bounds__(backward_threads(sizeof(T)), 1) persistent_backward_kernel(PersistentBackward<T> p) {
+  constexpr int kThreads = backward_threads(sizeof(T));
+  constexpr int kColumns = kUnits, kEach = kUnitsOfThread<kThreads, kUnits, kRows>;
+  using Tile = TileProduct<T, kThreads, kColumns, Cell::gates, kRows>;
+  using Warps = WarpGrid<kThreads, kRows>;
   FASTSEQ_SHARED(shared);
   const int64_t B = p.batch, H = p.hidden, output_row = p.directions * H;
   const int d = blockIdx.z, warp = threadIdx.x / kWarp;
@@ -299,7 +305,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_ker
   float* const sums = reinterpret_cast<float*>(shared + kColumns * weight_row);
 
   // Units' weights are columns of W_hh: neighbours are read by neighbouring threads.
-  for (int64_t i = threadIdx.x; i < Cell::gates * gate_numbers * kUnits; i += kPersistentThreads) {
+  for (int64_t i = threadIdx.x; i < Cell::gates * gate_numbers * kUnits; i += kThreads) {
     const int64_t unit = i % kUnits, gate = i / kUnits / gate_numbers, k = i / kUnits % gate_numbers;
     const bool there = k < H && first_unit + unit < H;
     reinterpret_cast<T*>(weights + unit * weight_row)[gate * gate_numbers + k] =
@@ -308,7 +314,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_ker
   float dh[kEach], dc[kEach];
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
-    const int i = threadIdx.x + e * kPersistentThreads;
+    const int i = threadIdx.x + e * kThreads;
     const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
     dh[e] = dc[e] = 0;
     if (i >= kRows * kUnits || row >= B || unit >= H) continue;
@@ -328,7 +334,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_ker
         step_before<T>(p.kept[d] + (Cell::kept - 1) * H, p.c0[d], step, p.steps, d, B * Cell::kept * H);
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int i = threadIdx.x + e * kPersistentThreads;
+      const int i = threadIdx.x + e * kThreads;
       const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
       Saved& s = saved[e];
       s.h = s.h_before = s.c_before = s.d_output = 0;
@@ -350,7 +356,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_ker
     const int64_t n = time_of(step, p.steps, d) * B;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int i = threadIdx.x + e * kPersistentThreads;
+      const int i = threadIdx.x + e * kThreads;
       const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
       if (i >= kRows * kUnits || row >= B || unit >= H) continue;
       float dg[Cell::grads];
@@ -366,7 +372,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_ker
     for_each_hidden_run<Cell>([&](GateRun run) {
       for (int gate = 0; gate < run.count; ++gate) {
         const T* const left = p.dg[d] + ((n + warp_row) * Cell::grads + run.plane + gate) * H;
-        multiply_strip<T, kSplit>(
+        multiply_strip<T, kSplit, kThreads>(
             part, left, Cell::grads * H, B - warp_row, weights + (run.gate + gate) * gate_numbers * int64_t(sizeof(T)),
             weight_row, depth_group * depth, (depth_group + 1) * depth, H);
       }
@@ -375,7 +381,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_ker
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int i = threadIdx.x + e * kPersistentThreads;
+      const int i = threadIdx.x + e * kThreads;
       if (i >= kRows * kUnits) continue;
 #pragma unroll
       for (int plane = 0; plane < Tile::planes; ++plane)
@@ -384,7 +390,7 @@ __global__ void __launch_bounds__(kPersistentThreads, 1) persistent_backward_ker
   }
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
-    const int i = threadIdx.x + e * kPersistentThreads;
+    const int i = threadIdx.x + e * kThreads;
     const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
     if (i >= kRows * kUnits || row >= B || unit >= H) continue;
     p.dh[d][row * H + unit] = dh[e];

@@ -19,17 +19,15 @@ cudaError_t device_facts(DeviceFacts& facts) {
 
 namespace {
 
-int depth_groups(int rows) { return rows >= 64 ? WarpGrid<64>::depth_groups : WarpGrid<16>::depth_groups; }
-
-// As ForwardTile and BackwardTile have it, of sizes known as the program runs.
-int64_t shared_bytes(PersistentTile tile, int columns, int parts, int64_t hidden_bytes) {
-  const int groups = depth_groups(tile.rows);
+// Of a block with this tile: as TileProduct has it, of sizes known as the program runs.
+int64_t shared_bytes(PersistentTile tile, int threads, int columns, int parts, int64_t hidden_bytes) {
+  const int groups = depth_groups_of(threads, tile.rows);
   const int64_t row = parts * depth_of_group(hidden_bytes, groups) * groups;
   return columns * weight_row_bytes(row) + int64_t(groups) * tile.rows * sums_row(columns) * 4;
 }
 
 // `columns` a unit, and parts of K, each of H numbers: gates and 1 forward, 1 and gates backward.
-RnnPlan plan(const RnnSizes& sizes, const DeviceFacts& device, int columns_of_unit, int parts) {
+RnnPlan plan(const RnnSizes& sizes, const DeviceFacts& device, int threads, int columns_of_unit, int parts) {
   RnnPlan out;
   const auto stepwise = [&](const std::string& reason) {
     out.reason = "step by step: " + reason;
@@ -48,7 +46,7 @@ RnnPlan plan(const RnnSizes& sizes, const DeviceFacts& device, int columns_of_un
   int64_t fewest = 0;  // blocks that some tile would need
   for (const PersistentTile tile : kPersistentTiles) {
     const int columns = columns_of_unit * tile.units;
-    const int64_t shared = shared_bytes(tile, columns, parts, hidden_bytes);
+    const int64_t shared = shared_bytes(tile, threads, columns, parts, hidden_bytes);
     const int64_t unit_tiles = (sizes.hidden + tile.units - 1) / tile.units;
     const int64_t row_tiles = (sizes.batch + tile.rows - 1) / tile.rows;
     const int64_t blocks = unit_tiles * row_tiles * sizes.directions;
@@ -58,8 +56,8 @@ RnnPlan plan(const RnnSizes& sizes, const DeviceFacts& device, int columns_of_un
     // Clocks of a step, roughly: the left side by 64 bytes from the L2 cache, weights and sums by 128 from shared
     // memory.
     const double left = double(tile.rows * parts * hidden_bytes) / 64;
-    const double weights = double(columns * parts * hidden_bytes * (tile.rows >= 64 ? 2 : 1)) / 128;
-    const double sums = 2.0 * 4 * depth_groups(tile.rows) * tile.rows * columns / 128;
+    const double weights = double(columns * parts * hidden_bytes * row_groups_of(tile.rows)) / 128;
+    const double sums = 2.0 * 4 * depth_groups_of(threads, tile.rows) * tile.rows * columns / 128;
     const double clocks = left + weights + sums;
     if (out.persistent && clocks >= best) continue;
     best = clocks, out.persistent = true, out.tile = tile, out.shared = shared;
@@ -81,10 +79,10 @@ RnnPlan plan(const RnnSizes& sizes, const DeviceFacts& device, int columns_of_un
 }  // namespace
 
 RnnPlan plan_rnn_forward(const RnnSizes& sizes, const DeviceFacts& device) {
-  return plan(sizes, device, sizes.gates, 1);
+  return plan(sizes, device, kForwardThreads, sizes.gates, 1);
 }
 RnnPlan plan_rnn_backward(const RnnSizes& sizes, const DeviceFacts& device) {
-  return plan(sizes, device, 1, sizes.gates);
+  return plan(sizes, device, backward_threads(sizes.number_bytes), 1, sizes.gates);
 }
 
 }  // namespace fastseq::cuda
