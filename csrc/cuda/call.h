@@ -31,6 +31,10 @@ struct Call {
   void* workspace = nullptr;  // so many bytes on the device as the call's *_workspace says, aligned to 256
   cudaError_t (*gemm)(const Product&, void* context, void* stream) = nullptr;  // null: the library's own
   void* gemm_context = nullptr;
+  // Of a recurrent layer whose rows are of different lengths: the tables of its Schedule once more, in the device's
+  // memory. Null: it goes step by step.
+  const int64_t* batch_sizes = nullptr;
+  const int64_t* offsets = nullptr;
   RnnPath rnn_path = RnnPath::planned;
   bool tf32 = false;  // whether the library's own products of floats may round factors to 11 bits
 };

@@ -34,7 +34,7 @@ class LayerBackward {
   int64_t workspace() const { return memory_.bytes(); }
 
   cudaError_t run() {
-    RnnSizes sizes = sizes_of(p_, Cell::gates);
+    RnnSizes sizes = sizes_of(p_, call_, Cell::gates);
     sizes.aligned = aligned(dg_[0], dg_[1]);
     RnnPlan plan;
     FASTSEQ_TRY(choose(call_, sizes, plan_rnn_backward, plan));
@@ -69,7 +69,7 @@ class LayerBackward {
       return cudaErrorNotSupported;
     } else {
       PersistentBackward<T> p{};
-      p.steps = p_.schedule.steps, p.batch = p_.schedule.batch, p.hidden = p_.hidden_size, p.directions = p_.directions;
+      p.schedule = device_schedule(p_, call_), p.hidden = p_.hidden_size, p.directions = p_.directions;
       p.output = p_.output, p.d_output = p_.d_output;
       for (int d = 0; d < p_.directions; ++d) {
         p.w_hh[d] = p_.weights[d].w_hh, p.kept[d] = p_.kept[d];

@@ -33,7 +33,7 @@ class LayerForward {
   int64_t workspace() const { return memory_.bytes(); }
 
   cudaError_t run() {
-    RnnSizes sizes = sizes_of(p_, Cell::gates);
+    RnnSizes sizes = sizes_of(p_, call_, Cell::gates);
     sizes.aligned = aligned(p_.output, p_.h0);
     RnnPlan plan;
     FASTSEQ_TRY(choose(call_, sizes, plan_rnn_forward, plan));
@@ -82,10 +82,10 @@ class LayerForward {
     } else {
       PersistentForward<T> p{};
       p.begin = begin, p.end = end;
-      p.steps = p_.schedule.steps, p.batch = p_.schedule.batch, p.hidden = p_.hidden_size, p.directions = p_.directions;
+      p.schedule = device_schedule(p_, call_), p.hidden = p_.hidden_size, p.directions = p_.directions;
       p.output = p_.output;
       for (int d = 0; d < p_.directions; ++d) {
-        p.gx[d] = gx_[d], p.c[d] = c_[d], p.kept[d] = p_.kept[d];
+        p.gx[d] = gx_[d], p.projected[d] = projected_[d], p.c[d] = c_[d], p.kept[d] = p_.kept[d];
         p.h0[d] = direction(d).state_at(p_.h0, 0, p_.hidden_size);
         p.w_hh[d] = p_.weights[d].w_hh, p.b_ih[d] = p_.weights[d].b_ih, p.b_hh[d] = p_.weights[d].b_hh;
       }

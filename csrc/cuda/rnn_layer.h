@@ -16,24 +16,14 @@ constexpr NumberType number_type() {
                                        : NumberType::float16;
 }
 
-// One direction. Its steps are counted in its own order: its first is that of the last time in the reverse direction.
+// One direction of a layer.
 template <class T>
-struct Direction {
+struct Direction : DirectionSteps {
   const RnnLayer<T>& layer;
-  int d;
 
-  const Schedule& schedule() const { return layer.schedule; }
-  int64_t time(int64_t step) const { return d == 0 ? step : schedule().steps - 1 - step; }
-  int64_t rows(int64_t t) const { return schedule().rows(t); }
-  // Of the rows at time t, those that were there at the step before; the others start.
-  int64_t going(int64_t t) const {
-    const int64_t before = d == 0 ? t - 1 : t + 1;
-    if (before < 0 || before >= schedule().steps) return 0;
-    return rows(before) < rows(t) ? rows(before) : rows(t);
-  }
-  // The row of all steps at which that step begins.
-  int64_t offset_before(int64_t t) const { return schedule().offset(d == 0 ? t - 1 : t + 1); }
+  Direction(const RnnLayer<T>& of, int direction) : DirectionSteps{of.schedule, direction}, layer(of) {}
 
+  int64_t rows(int64_t t) const { return schedule.rows(t); }
   int64_t output_row() const { return layer.directions * layer.out_size(); }
   template <class Output>
   Output* output_at(Output* output, int64_t n) const {
@@ -41,30 +31,23 @@ struct Direction {
   }
   template <class State>
   State* state_at(State* states, int64_t row, int64_t size) const {
-    return states ? states + (d * schedule().batch + row) * size : nullptr;
+    return states ? states + (d * schedule.batch + row) * size : nullptr;
   }
 
   Before<T> h_before(const T* output, int64_t t) const {
-    Before<T> out;
-    out.going_rows = going(t);
-    if (out.going_rows) out.going = output_at(output, offset_before(t)), out.going_row = output_row();
-    out.initial = state_at(layer.h0, 0, layer.out_size()), out.initial_row = layer.out_size();
-    return out;
+    return before(output_at(output, 0), output_row(), state_at(layer.h0, 0, layer.out_size()), layer.out_size(), t);
   }
   Before<T> c_before(const T* kept, int64_t kept_planes, int64_t t) const {
     const int64_t H = layer.hidden_size;
-    Before<T> out;
-    out.going_rows = going(t), out.going_row = kept_planes * H;
-    if (out.going_rows) out.going = kept + offset_before(t) * out.going_row + (kept_planes - 1) * H;
-    out.initial = state_at(layer.c0, 0, H), out.initial_row = H;
-    return out;
+    if (!kept) return {};  // of a cell without a cell state
+    return before(kept + (kept_planes - 1) * H, kept_planes * H, state_at(layer.c0, 0, H), H, t);
   }
 };
 
 // use(first row, end row, time) of the rows that end at that time, for each that has some; -1 for rows without steps.
 template <class T, class Use>
 cudaError_t for_each_end(const Direction<T>& direction, const Use& use) {
-  const Schedule& schedule = direction.schedule();
+  const Schedule& schedule = direction.schedule;
   const int64_t T_ = schedule.steps, alive = T_ ? schedule.rows(0) : 0;
   if (alive < schedule.batch) FASTSEQ_TRY(use(alive, schedule.batch, int64_t(-1)));
   if (direction.d == 1) return alive ? use(int64_t(0), alive, int64_t(0)) : cudaSuccess;
@@ -82,12 +65,21 @@ bool aligned(Pointers... pointers) {
 }
 
 template <class T>
-RnnSizes sizes_of(const RnnLayer<T>& layer, int gates) {
+RnnSizes sizes_of(const RnnLayer<T>& layer, const Call& call, int gates) {
   RnnSizes sizes;
   sizes.gates = gates, sizes.batch = layer.schedule.batch, sizes.hidden = layer.hidden_size;
   sizes.projected = layer.proj_size, sizes.directions = layer.directions;
-  sizes.number_bytes = sizeof(T), sizes.ragged = layer.schedule.batch_sizes != nullptr;
+  sizes.number_bytes = sizeof(T);
+  sizes.scheduled = !layer.schedule.batch_sizes || (call.batch_sizes && call.offsets);
   return sizes;
+}
+
+// The layer's schedule as the device reads it.
+template <class T>
+Schedule device_schedule(const RnnLayer<T>& layer, const Call& call) {
+  Schedule out = layer.schedule;
+  if (out.batch_sizes) out.batch_sizes = call.batch_sizes, out.offsets = call.offsets;
+  return out;
 }
 
 // Whether all steps go in one launch, as the call wants it.

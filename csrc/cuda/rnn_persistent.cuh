@@ -19,6 +19,7 @@
 
 #include "cells.cuh"
 #include "rnn_plan.h"
+#include "rnn_steps.cuh"
 
 namespace fastseq::cuda {
 
@@ -52,38 +53,30 @@ FASTSEQ_INLINE constexpr int sums_row(int columns) { return columns + 8; }
 
 template <class T>
 struct PersistentForward {
+  Schedule schedule;   // in the device's memory
   int64_t begin, end;  // steps to go, in each direction's own order
-  int64_t steps, batch, hidden, directions;
-  const float* gx[2];  // (rows of these steps, G*H), without b_ih
+  int64_t hidden, directions;
+  const float* gx[2];    // (rows of these steps, G*H), without b_ih
+  int64_t projected[2];  // the row of all steps at which it begins
   const T *w_hh[2], *b_ih[2], *b_hh[2];
   const T* h0[2];  // (B, H) or null
   float* c[2];     // (B, H), read and overwritten
-  T* output;       // (T, B, D*H)
-  T* kept[2];      // (T, B, kept*H) or null
+  T* output;       // (N, D*H)
+  T* kept[2];      // (N, kept*H) or null
 };
 
 template <class T>
 struct PersistentBackward {
-  int64_t steps, batch, hidden, directions;
+  Schedule schedule;  // in the device's memory
+  int64_t hidden, directions;
   const T* w_hh[2];
   const T *h0[2], *c0[2];  // (B, H) or null
-  const T* output;         // (T, B, D*H)
+  const T* output;         // (N, D*H)
   const T* d_output;       // or null
   const T* kept[2];
   float *dh[2], *dc[2];  // (B, H): of the last step, and overwritten with those of the initial state
-  T* dg[2];              // (T, B, grads*H)
+  T* dg[2];              // (N, grads*H)
 };
-
-FASTSEQ_INLINE constexpr int64_t time_of(int64_t step, int64_t steps, int direction) {
-  return direction == 0 ? step : steps - 1 - step;
-}
-
-// The state that a step of a direction starts from: null for zeros.
-template <class T>
-__device__ const T* step_before(const T* all, const T* initial, int64_t step, int64_t steps, int direction,
-                                int64_t step_numbers) {
-  return step == 0 ? initial : all + time_of(step - 1, steps, direction) * step_numbers;
-}
 
 // A word of factors as tensor cores take it: of 16-bit numbers as it is. Of a float what is left of it goes to `rest`,
 // if that is wanted.
@@ -98,16 +91,24 @@ __device__ __forceinline__ uint32_t factor(uint32_t word, uint32_t& rest) {
   }
 }
 
-// sums += left * weights of numbers [k, end) along K, of which `left` has `valid`; left rows are `left_row` numbers
-// apart, `rows` of them there.
+// sums += left * weights of numbers [k, end) along K, of which `left` has `valid`; its rows are those from `first` on,
+// and from `rows` on there are none.
 template <class T, bool kSplit, int kThreads, int kRowTiles, int kColumnTiles>
-__device__ __forceinline__ void multiply_strip(float (&sums)[kRowTiles][kColumnTiles][4], const T* left,
-                                               int64_t left_row, int64_t rows, const unsigned char* weights,
+__device__ __forceinline__ void multiply_strip(float (&sums)[kRowTiles][kColumnTiles][4], const Before<T>& left,
+                                               int64_t first, int64_t rows, const unsigned char* weights,
                                                int64_t weight_row, int64_t k, int64_t end, int64_t valid) {
   constexpr int64_t kEach = sizeof(Words4) / sizeof(T);  // numbers that a thread reads at once
   const int lane = threadIdx.x % kWarp, g = lane / 4, t = lane % 4;
+  const T* lines[kRowTiles][2];
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = first + 16 * i + 8 * half + g;
+      lines[i][half] = row < rows ? left.row(row) : nullptr;
+    }
   // As many loads under way as registers hold.
-  constexpr int kWords = 2 * kRowTiles + kColumnTiles, kMost = kSplit || kThreads > 256 ? 5 : 6;
+  constexpr int kWords = 2 * kRowTiles + kColumnTiles, kMost = kSplit ? 4 : kThreads > 256 ? 5 : 6;
   [[maybe_unused]] constexpr int kUnroll = (kWords <= 3 ? 8 : kWords <= kMost ? 4 : 2) * 256 / kThreads;
 #pragma unroll kUnroll
   for (; k < end; k += kChunkOfK<T>) {
@@ -117,9 +118,8 @@ __device__ __forceinline__ void multiply_strip(float (&sums)[kRowTiles][kColumnT
     for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t row = 16 * i + 8 * half + g;
         a[i][half] = Words4{{0, 0, 0, 0}};
-        if (row < rows && at < valid) a[i][half] = load_l2(reinterpret_cast<const Words4*>(left + row * left_row + at));
+        if (lines[i][half] && at < valid) a[i][half] = load_l2(reinterpret_cast<const Words4*>(lines[i][half] + at));
       }
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j)
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) persistent_forward_kernel(
   using Tile = TileProduct<T, kThreads, kColumns, 1, kRows>;
   using Warps = WarpGrid<kThreads, kRows>;
   FASTSEQ_SHARED(shared);
-  const int64_t B = p.batch, H = p.hidden, GH = Cell::gates * H;
+  const int64_t B = p.schedule.batch, H = p.hidden, GH = Cell::gates * H, output_row = p.directions * H;
   const int d = blockIdx.z, warp = threadIdx.x / kWarp;
   const int64_t first_unit = int64_t(blockIdx.x) * kUnits, first_row = int64_t(blockIdx.y) * kRows;
   const int64_t weight_row = Tile::weights_row(H), depth = Tile::depth(H);
@@ -211,6 +211,10 @@ __global__ void __launch_bounds__(kForwardThreads, 1) persistent_forward_kernel(
     const T* const from = p.w_hh[d] + (column / kUnits * H + unit) * H;
     fill_row(reinterpret_cast<T*>(weights + column * weight_row), from, 1, unit < H ? H : 0, Tile::part(H));
   }
+  const DirectionSteps steps{p.schedule, d};
+  const auto h_before = [&](int64_t t) {
+    return steps.before(static_cast<const T*>(p.output) + d * H, output_row, p.h0[d], H, t);
+  };
   float c[kEach], h[kEach];
 #pragma unroll
   for (int e = 0; e < kEach; ++e) {
@@ -219,20 +223,20 @@ __global__ void __launch_bounds__(kForwardThreads, 1) persistent_forward_kernel(
     c[e] = h[e] = 0;
     if (i >= kRows * kUnits || row >= B || unit >= H) continue;
     if (Cell::cell_state) c[e] = p.c[d][row * H + unit];
-    if (const T* const before = step_before<T>(p.output + d * H, p.h0[d], p.begin, p.steps, d, B * p.directions * H))
-      h[e] = load(before[row * (p.begin == 0 ? H : p.directions * H) + unit]);
+    // A row that starts later finds its initial state here then.
+    h[e] = h_before(steps.time(p.begin)).at(row, unit);
   }
   __syncthreads();
 
   // Of the next step, asked for before all meet: it takes as long to come as the meeting does.
   float gx[kEach][Cell::gates];
   const auto fetch = [&](int64_t step) {
-    const int64_t n = (time_of(step, p.steps, d) - (d == 0 ? p.begin : p.steps - p.end)) * B;
+    const int64_t t = steps.time(step), n = p.schedule.offset(t) - p.projected[d], rows = p.schedule.rows(t);
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int i = threadIdx.x + e * kThreads;
       const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
-      if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+      if (i >= kRows * kUnits || row >= rows || unit >= H) continue;
 #pragma unroll
       for (int gate = 0; gate < Cell::gates; ++gate) gx[e][gate] = p.gx[d][(n + row) * GH + gate * H + unit];
     }
@@ -242,22 +246,19 @@ __global__ void __launch_bounds__(kForwardThreads, 1) persistent_forward_kernel(
   const int row_group = warp / Warps::depth_groups, depth_group = warp % Warps::depth_groups;
   const int64_t warp_row = first_row + row_group * Warps::row_tiles * 16;
   for (int64_t step = p.begin; step < p.end; ++step) {
-    const int64_t n = time_of(step, p.steps, d) * B;
-    if (const T* const left = step_before<T>(p.output + d * H, p.h0[d], step, p.steps, d, B * p.directions * H)) {
-      const int64_t left_row = step == 0 ? H : p.directions * H;
-      float part[Warps::row_tiles][kColumns / 8][4] = {};
-      multiply_strip<T, kSplit, kThreads>(part, left + warp_row * left_row, left_row, B - warp_row, weights, weight_row,
-                                          depth_group * depth, (depth_group + 1) * depth, H);
-      put_sums(part, sums + (depth_group * kRows + row_group * Warps::row_tiles * 16) * sums_row(kColumns));
-    } else {
-      for (int i = threadIdx.x; i < Tile::planes * kRows * sums_row(kColumns); i += kThreads) sums[i] = 0;
-    }
+    const int64_t t = steps.time(step), n = p.schedule.offset(t), rows = p.schedule.rows(t);
+    const Before<T> left = h_before(t);
+    float part[Warps::row_tiles][kColumns / 8][4] = {};
+    if (left.going || left.initial)
+      multiply_strip<T, kSplit, kThreads>(
+          part, left, warp_row, rows, weights, weight_row, depth_group * depth, (depth_group + 1) * depth, H);
+    put_sums(part, sums + (depth_group * kRows + row_group * Warps::row_tiles * 16) * sums_row(kColumns));
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int i = threadIdx.x + e * kThreads;
       const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
-      if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+      if (i >= kRows * kUnits || row >= rows || unit >= H) continue;
       float gh[Cell::gates], keep[Cell::kept + 1];
 #pragma unroll
       for (int gate = 0; gate < Cell::gates; ++gate) {
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) persistent_forward_kernel(
       T stored;
       store(stored, Cell::update(gx[e], gh, h[e], c[e], keep));
       h[e] = load(stored);
-      p.output[((n + row) * p.directions + d) * H + unit] = stored;
+      p.output[(n + row) * output_row + d * H + unit] = stored;
       if (p.kept[d])
 #pragma unroll
         for (int k = 0; k < Cell::kept; ++k) store(p.kept[d][((n + row) * Cell::kept + k) * H + unit], keep[k]);
@@ -297,7 +298,7 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T)), 1) persistent_bac
   using Tile = TileProduct<T, kThreads, kColumns, Cell::gates, kRows>;
   using Warps = WarpGrid<kThreads, kRows>;
   FASTSEQ_SHARED(shared);
-  const int64_t B = p.batch, H = p.hidden, output_row = p.directions * H;
+  const int64_t B = p.schedule.batch, H = p.hidden, output_row = p.directions * H;
   const int d = blockIdx.z, warp = threadIdx.x / kWarp;
   const int64_t first_unit = int64_t(blockIdx.x) * kUnits, first_row = int64_t(blockIdx.y) * kRows;
   const int64_t weight_row = Tile::weights_row(H), depth = Tile::depth(H), gate_numbers = Tile::part(H);
@@ -322,43 +323,44 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T)), 1) persistent_bac
     if (Cell::cell_state) dc[e] = p.dc[d][row * H + unit];
   }
 
+  const DirectionSteps steps{p.schedule, d};
   // Of the next step, asked for before the product of this one: it takes as long to come.
   struct Saved {
     float keep[Cell::kept + 1], h, h_before, c_before, d_output;
   };
   Saved saved[kEach] = {};
   const auto fetch = [&](int64_t step) {
-    const int64_t n = time_of(step, p.steps, d) * B;
-    const T* const h_before = step_before<T>(p.output + d * H, p.h0[d], step, p.steps, d, B * output_row);
-    const T* const c_before =
-        step_before<T>(p.kept[d] + (Cell::kept - 1) * H, p.c0[d], step, p.steps, d, B * Cell::kept * H);
+    const int64_t t = steps.time(step), n = p.schedule.offset(t), rows = p.schedule.rows(t);
+    const Before<T> h_before = steps.before(p.output + d * H, output_row, p.h0[d], H, t);
+    const Before<T> c_before =
+        steps.before(p.kept[d] + (Cell::cell_state ? Cell::kept - 1 : 0) * H, Cell::kept * H, p.c0[d], H, t);
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int i = threadIdx.x + e * kThreads;
       const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
       Saved& s = saved[e];
       s.h = s.h_before = s.c_before = s.d_output = 0;
-      if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+      if (i >= kRows * kUnits || row >= rows || unit >= H) continue;
       const int64_t at = (n + row) * output_row + d * H + unit;
 #pragma unroll
       for (int k = 0; k < Cell::kept; ++k) s.keep[k] = load(p.kept[d][((n + row) * Cell::kept + k) * H + unit]);
       if (Cell::reads_h) s.h = load(p.output[at]);
-      if (Cell::reads_h_prev && h_before) s.h_before = load(h_before[row * (step == 0 ? H : output_row) + unit]);
-      if (Cell::cell_state && c_before) s.c_before = load(c_before[row * (step == 0 ? H : Cell::kept * H) + unit]);
+      if (Cell::reads_h_prev) s.h_before = h_before.at(row, unit);
+      if (Cell::cell_state) s.c_before = c_before.at(row, unit);
       if (p.d_output) s.d_output = load(p.d_output[at]);
     }
   };
-  if (p.steps > 0) fetch(p.steps - 1);
+  if (p.schedule.steps > 0) fetch(p.schedule.steps - 1);
 
   const int row_group = warp / Warps::depth_groups, depth_group = warp % Warps::depth_groups;
   const int64_t warp_row = first_row + row_group * Warps::row_tiles * 16;
-  for (int64_t step = p.steps - 1; step >= 0; --step) {
-    const int64_t n = time_of(step, p.steps, d) * B;
+  for (int64_t step = p.schedule.steps - 1; step >= 0; --step) {
+    const int64_t t = steps.time(step), n = p.schedule.offset(t), rows = p.schedule.rows(t);
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int i = threadIdx.x + e * kThreads;
       const int64_t row = first_row + i / kUnits, unit = first_unit + i % kUnits;
-      if (i >= kRows * kUnits || row >= B || unit >= H) continue;
+      if (i >= kRows * kUnits || row >= rows || unit >= H) continue;
       float dg[Cell::grads];
       const Saved& s = saved[e];
       dh[e] = Cell::update_backward(s.keep, s.h, s.h_before, s.c_before, dh[e] + s.d_output, dc[e], dg);
@@ -371,10 +373,12 @@ __global__ void __launch_bounds__(backward_threads(sizeof(T)), 1) persistent_bac
     float part[Warps::row_tiles][kColumns / 8][4] = {};
     for_each_hidden_run<Cell>([&](GateRun run) {
       for (int gate = 0; gate < run.count; ++gate) {
-        const T* const left = p.dg[d] + ((n + warp_row) * Cell::grads + run.plane + gate) * H;
+        Before<T> left;
+        left.going = p.dg[d] + (n * Cell::grads + run.plane + gate) * H, left.going_row = Cell::grads * H;
+        left.going_rows = rows;
         multiply_strip<T, kSplit, kThreads>(
-            part, left, Cell::grads * H, B - warp_row, weights + (run.gate + gate) * gate_numbers * int64_t(sizeof(T)),
-            weight_row, depth_group * depth, (depth_group + 1) * depth, H);
+            part, left, warp_row, rows, weights + (run.gate + gate) * gate_numbers * int64_t(sizeof(T)), weight_row,
+            depth_group * depth, (depth_group + 1) * depth, H);
       }
     });
     put_sums(part, sums + (depth_group * kRows + row_group * Warps::row_tiles * 16) * sums_row(kColumns));

@@ -35,7 +35,7 @@ RnnPlan plan(const RnnSizes& sizes, const DeviceFacts& device, int threads, int 
   };
   if (sizes.number_bytes > 4) return stepwise("float64 has no kernels for all steps in one launch");
   if (sizes.projected) return stepwise("the state is projected, and each step needs a second product");
-  if (sizes.ragged) return stepwise("the rows are of different lengths");
+  if (!sizes.scheduled) return stepwise("the rows are of different lengths, which the device is not told");
   if (const int64_t whole = 16 / sizes.number_bytes; sizes.hidden % whole != 0)
     return stepwise("H = " + std::to_string(sizes.hidden) + " is no multiple of " + std::to_string(whole));
   if (!sizes.aligned) return stepwise("a tensor is not aligned to 16 bytes");

@@ -20,8 +20,8 @@ struct RnnSizes {
   int gates = 1;
   int64_t batch = 0, hidden = 0, projected = 0, directions = 1;
   int64_t number_bytes = 4;
-  bool ragged = false;
-  bool aligned = false;  // tensors that are read by 16 bytes begin at multiples of them
+  bool scheduled = true;  // rows are of one length, or the device has the tables that tell
+  bool aligned = false;   // tensors that are read by 16 bytes begin at multiples of them
 };
 
 // kUnits and kRows of rnn_persistent.cuh.

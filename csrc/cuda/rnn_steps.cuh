@@ -44,9 +44,43 @@ struct Before {
   const T* initial = nullptr;
   int64_t initial_row = 0;
 
+  // Null for a row of zeros.
+  __device__ const T* row(int64_t r) const {
+    if (r < going_rows) return going + r * going_row;
+    return initial ? initial + r * initial_row : nullptr;
+  }
   __device__ Computed<T> at(int64_t r, int64_t i) const {
-    if (r < going_rows) return load(going[r * going_row + i]);
-    return initial ? static_cast<Computed<T>>(load(initial[r * initial_row + i])) : Computed<T>(0);
+    const T* const from = row(r);
+    return from ? static_cast<Computed<T>>(load(from[i])) : Computed<T>(0);
+  }
+};
+
+// The steps of one direction, counted in its own order: its first is that of the last time in the reverse direction.
+// On the device, the schedule's tables are in the device's memory.
+struct DirectionSteps {
+  Schedule schedule;
+  int d;
+
+  constexpr int64_t time(int64_t step) const { return d == 0 ? step : schedule.steps - 1 - step; }
+  // Of the rows at time t, those that were there at the step before; the others start.
+  constexpr int64_t going(int64_t t) const {
+    const int64_t before = d == 0 ? t - 1 : t + 1;
+    if (before < 0 || before >= schedule.steps) return 0;
+    const int64_t now = schedule.rows(t), then = schedule.rows(before);
+    return then < now ? then : now;
+  }
+  // The row of all steps at which that step begins.
+  constexpr int64_t offset_before(int64_t t) const { return schedule.offset(d == 0 ? t - 1 : t + 1); }
+
+  // The state before time t: `all` is that after every step, in rows of so many numbers.
+  template <class T>
+  FASTSEQ_INLINE constexpr Before<T> before(const T* all, int64_t all_row, const T* initial, int64_t initial_row,
+                                            int64_t t) const {
+    Before<T> out;
+    out.going_rows = going(t), out.going_row = all_row;
+    if (out.going_rows) out.going = all + offset_before(t) * all_row;
+    out.initial = initial, out.initial_row = initial_row;
+    return out;
   }
 };
 

@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "../cpu/memory.h"
@@ -40,19 +41,21 @@ class CudaDevice {
 
   // Refuses a call that is captured into a CUDA graph if a number of it would then be the same that should be another.
   void check_runs_once(const char* name) const {
-    TORCH_CHECK(c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None,
-                "a CUDA graph cannot capture a call with ", name, ", which is read on the CPU: it would have the same ",
-                "numbers in every replay");
+    TORCH_CHECK(!capturing(), "a CUDA graph cannot capture a call with ", name,
+                ", which is read on the CPU: it would have the same ", "numbers in every replay");
   }
 
   template <class T>
   void rnn_forward(CellKind cell, const RnnForward<T>& p) const {
-    run_with_products<T>(
-        cuda::rnn_forward_workspace(cell, p), [&](const cuda::Call& call) { return cuda::rnn_forward(cell, p, call); });
+    run_with_products<T>(cuda::rnn_forward_workspace(cell, p), [&](cuda::Call& call) {
+      tell_schedule(p.schedule, call);
+      return cuda::rnn_forward(cell, p, call);
+    });
   }
   template <class T>
   void rnn_backward(CellKind cell, const RnnBackward<T>& p) const {
-    run_with_products<T>(cuda::rnn_backward_workspace(cell, p), [&](const cuda::Call& call) {
+    run_with_products<T>(cuda::rnn_backward_workspace(cell, p), [&](cuda::Call& call) {
+      tell_schedule(p.schedule, call);
       return cuda::rnn_backward(cell, p, call);
     });
   }
@@ -77,6 +80,25 @@ class CudaDevice {
   static c10::Device checked(const at::Tensor& input) {
     TORCH_CHECK(input.is_cuda(), "the input must be on the CUDA device of the other tensors; got ", input.device());
     return input.device();
+  }
+
+  static bool capturing() {
+    return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  }
+
+  // The tables of a ragged schedule in the device's memory, once for all layers of the call. A CUDA graph would find
+  // those of this call gone, and goes step by step.
+  void tell_schedule(const Schedule& schedule, cuda::Call& call) const {
+    if (!schedule.batch_sizes || capturing()) return;
+    const int64_t T = schedule.steps;
+    if (!tables_.defined()) {
+      const at::Tensor tables = at::empty({2 * T + 1}, at::TensorOptions(at::kLong).pinned_memory(true));
+      int64_t* const numbers = tables.mutable_data_ptr<int64_t>();
+      std::copy(schedule.batch_sizes, schedule.batch_sizes + T, numbers);
+      std::copy(schedule.offsets, schedule.offsets + T + 1, numbers + T);
+      tables_ = tables.to(guard_.current_device(), at::kLong, /*non_blocking=*/true);
+    }
+    call.batch_sizes = tables_.const_data_ptr<int64_t>(), call.offsets = call.batch_sizes + T;
   }
 
   struct Blas {
@@ -158,6 +180,7 @@ class CudaDevice {
 
   const c10::cuda::CUDAGuard guard_;
   const c10::cuda::CUDAStream stream_;
+  mutable at::Tensor tables_;
 };
 
 }  // namespace fastseq

@@ -203,6 +203,13 @@ def measure(point: AnyPoint, training: bool, device: str, rounds: int = ROUNDS) 
     return row
 
 
+def report(document: dict[str, Any]) -> str:
+    """The page: where it was measured, and the rows."""
+    warning = ["A dry run on the CPU: its times mean nothing.", ""] if document["dry run"] else []
+    facts = [f"- {name}: {value}" for name, value in document["machine"].items()]
+    return "\n".join(["# fastseq on a GPU", "", *warning, *facts, "", table(document["rows"]).markdown()])
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
     """A line for each row: our median, FLOP/s, and each peer's time over ours."""
     peers = list(dict.fromkeys(name for row in rows for name in [*row["seconds"], *row["failed"]] if name != OURS))

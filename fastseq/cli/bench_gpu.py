@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -34,18 +35,17 @@ def bench_gpu(quick: bool, dry_run: bool, output: Path) -> None:
     if device == "cuda" and not _load._C.cuda()["built"]:
         raise click.UsageError("this build has no CUDA kernels: build with FASTSEQ_CUDA=1 (README).")
     todo = list(gpu.dry_points() if dry_run else gpu.points(quick))
-    document = {"machine": gpu.machine(device), "rows": []}
+    document: dict[str, Any] = {"machine": gpu.machine(device), "dry run": dry_run, "rows": []}
+    output.mkdir(parents=True, exist_ok=True)
+    text = ""
     with progress_bar() as progress:
         task = progress.add_task("measuring", total=2 * len(todo))
         for point in todo:
             for training in (False, True):
                 document["rows"].append(gpu.measure(point, training, device, rounds=3 if dry_run else gpu.ROUNDS))
+                text = gpu.report(document)
+                (output / "gpu.json").write_text(json.dumps(document, indent=1))  # what is there if it is stopped
+                (output / "gpu.md").write_text(text)
                 progress.advance(task)
-    warning = ["A dry run on the CPU: its times mean nothing."] if dry_run else []
-    lines = [*warning, *(f"{name}: {value}" for name, value in document["machine"].items())]
-    text = "\n".join(["# fastseq on a GPU", "", *lines, "", gpu.table(document["rows"]).markdown()])
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "gpu.json").write_text(json.dumps(document, indent=1))
-    (output / "gpu.md").write_text(text)
     click.echo(text)
     click.echo(f"Written: {output / 'gpu.md'} and {output / 'gpu.json'}.")
