@@ -269,14 +269,18 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   memcpy(own.words + 4, b, sizeof b);
   const emulation::WarpSlot* const all = emulation::warp_exchange(own, "mma");
   const int lane = emulation::lane();
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4, column = 2 * (lane % 4) + i % 2;
-    for (int half = 0; half < 2; ++half)  // of k
+  constexpr int kPlaces = 4 / sizeof(T), kDepth = 8 * kPlaces;
+  float rows[2][kDepth], columns[2][kDepth];  // those of this lane, along k
+  for (int i = 0; i < 2; ++i)
+    for (int half = 0; half < 2; ++half)
       for (int t = 0; t < 4; ++t)
-        for (int place = 0; place < static_cast<int>(4 / sizeof(T)); ++place)
-          d[i] += emulated_factor<T>(all[4 * row + t].words[2 * half + i / 2], place) *
-                  emulated_factor<T>(all[4 * column + t].words[4 + half], place);
-  }
+        for (int place = 0; place < kPlaces; ++place) {
+          const int k = (4 * half + t) * kPlaces + place;
+          rows[i][k] = emulated_factor<T>(all[lane / 4 * 4 + t].words[2 * half + i], place);
+          columns[i][k] = emulated_factor<T>(all[4 * (2 * (lane % 4) + i) + t].words[4 + half], place);
+        }
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < kDepth; ++k) d[i] += rows[i / 2][k] * columns[i % 2][k];
 #endif
 }
 

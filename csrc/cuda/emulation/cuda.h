@@ -86,6 +86,9 @@ extern Thread* current;
 
 [[noreturn]] void fail(const char* what);
 
+// Of each thread; one that writes past its end is told so.
+extern const std::size_t stack_bytes;
+
 // Runs body(argument) as every thread of the grid.
 cudaError_t run_threads(bool cooperative, dim3 grid, dim3 block, std::size_t shared, void (*body)(void*),
                         void* argument);
@@ -101,11 +104,12 @@ void block_sync();
 void grid_sync();
 
 // All 32 lanes of a warp meet, and each sees what every lane has brought, until it meets the others once more. `place`
-// tells meetings apart: all lanes have to come to the same.
+// tells meetings apart: all lanes have to come to the same. Memory is in no order by that: only __syncwarp says so.
 struct WarpSlot {
   uint32_t words[8];
 };
 const WarpSlot* warp_exchange(const WarpSlot& own, const char* place);
+void warp_sync();
 
 inline int lane() {
   const Thread& t = *current;
@@ -131,7 +135,7 @@ T shuffle(T value, int from, const char* place) {
 #define __syncthreads() ::fastseq::cuda::emulation::block_sync()
 inline void __syncwarp(unsigned mask = ~0u) {
   if (mask != ~0u) fastseq::cuda::emulation::fail("__syncwarp with a mask, and whole warps alone are emulated");
-  fastseq::cuda::emulation::warp_exchange({}, "__syncwarp");
+  fastseq::cuda::emulation::warp_sync();
 }
 template <class T>
 T __shfl_sync(unsigned, T value, int from) {

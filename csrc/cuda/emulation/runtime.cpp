@@ -116,13 +116,19 @@ struct Fiber {
   void* fake_stack = nullptr;
 };
 
+// What ThreadSanitizer knows a meeting by. Meetings have them in turns: a thread may come to the next one before
+// another has gone on from this one, which then must not take what the first has done since for done before.
+using Clocks = uint64_t[2];
+
 struct Warp {
   WarpSlot slots[2][32];
   int arrived, turn;
+  Clocks clocks;
 };
 struct Block {
   unsigned char* shared;
-  int arrived;
+  int arrived, turn;
+  Clocks clocks;
 };
 
 // The host's, while a grid runs.
@@ -134,7 +140,8 @@ struct World {
   Warp* warps = nullptr;
   Block* blocks = nullptr;
   int block_count = 0, threads = 0, warps_of_block = 0;
-  int at_grid_sync = 0, done = 0;
+  int at_grid_sync = 0, grid_turn = 0, done = 0;
+  Clocks grid_clocks = {};
   int* ready = nullptr;  // fibers, in a ring
   int ready_first = 0, ready_count = 0;
   void* host = nullptr;
@@ -344,7 +351,7 @@ void run_blocks(int first, int count, dim3 grid, dim3 block, std::size_t shared)
   world.block_count = count, world.count = count * world.threads;
   world.ready_first = world.ready_count = world.at_grid_sync = world.done = 0;
   for (int b = 0; b < count; ++b) {
-    world.blocks[b].arrived = 0;
+    world.blocks[b].arrived = world.blocks[b].turn = 0;
     world.blocks[b].shared = new_shared_memory(shared);
     for (int w = 0; w < world.warps_of_block; ++w)
       world.warps[b * world.warps_of_block + w].arrived = world.warps[b * world.warps_of_block + w].turn = 0;
@@ -371,6 +378,8 @@ void run_blocks(int first, int count, dim3 grid, dim3 block, std::size_t shared)
 }
 
 }  // namespace
+
+const std::size_t stack_bytes = kStack;
 
 void set_schedule(Order chosen, uint64_t seed) { order = chosen, random_state = seed; }
 
@@ -426,27 +435,29 @@ unsigned char* shared_memory() { return world.blocks[self().block].shared; }
 void block_sync() {
   const int b = self().block;
   Block& block = world.blocks[b];
-  release(&block);
+  uint64_t* const clock = &block.clocks[block.turn];
+  release(clock);
   if (++block.arrived == world.threads) {
-    block.arrived = 0;
+    block.arrived = 0, block.turn = 1 - block.turn;
     for (int t = 0; t < world.threads; ++t) make_ready(b * world.threads + t);
     leave_to_host(self(), false);  // the last to come, too, waits for its turn
   } else {
     wait_as(State::at_block_sync, "");
   }
-  acquire(&block);
+  acquire(clock);
 }
 
 void grid_sync() {
-  release(&world.at_grid_sync);
+  uint64_t* const clock = &world.grid_clocks[world.grid_turn];
+  release(clock);
   if (++world.at_grid_sync == world.count) {
-    world.at_grid_sync = 0;
+    world.at_grid_sync = 0, world.grid_turn = 1 - world.grid_turn;
     for (int i = 0; i < world.count; ++i) make_ready(i);
     leave_to_host(self(), false);
   } else {
     wait_as(State::at_grid_sync, "");
   }
-  acquire(&world.at_grid_sync);
+  acquire(clock);
 }
 
 const WarpSlot* warp_exchange(const WarpSlot& own, const char* place) {
@@ -456,7 +467,6 @@ const WarpSlot* warp_exchange(const WarpSlot& own, const char* place) {
   Warp& warp = world.warps[fiber.block * world.warps_of_block + in_block / 32];
   const int first = number - in_block % 32, turn = warp.turn;
   warp.slots[turn][in_block % 32] = own;
-  release(&warp);
   if (++warp.arrived == 32) {
     for (int i = first; i < first + 32; ++i)
       if (i != number && std::strcmp(world.fibers[i].place, place) != 0)
@@ -467,8 +477,15 @@ const WarpSlot* warp_exchange(const WarpSlot& own, const char* place) {
   } else {
     wait_as(State::at_warp, place);
   }
-  acquire(&warp);
   return warp.slots[turn];
+}
+
+void warp_sync() {
+  Warp& warp = world.warps[self().block * world.warps_of_block + (&self() - world.fibers) % world.threads / 32];
+  uint64_t* const clock = &warp.clocks[warp.turn];
+  release(clock);
+  warp_exchange({}, "__syncwarp");
+  acquire(clock);
 }
 
 }  // namespace fastseq::cuda::emulation

@@ -1,6 +1,8 @@
 // Attention on CUDA by the checks of the CPU's kernels: under emulation, or, compiled by nvcc, on a device.
 //
-//   attention_tests [--quick] [type]      --quick: fewer sizes, for checkers; type: float32, float64, bfloat16, float16
+//   attention_tests [--quick | --races] [type]
+//
+// --quick: fewer sizes; --races: each kernel once, for sanitizers; type: float32, float64, bfloat16, float16.
 #include "device_memory.h"
 
 #include "cuda/attention.h"
@@ -156,12 +158,31 @@ void check_type(Report& report, const char* name, double bound, bool quick, cons
   std::fflush(stdout);
 }
 
-int run(bool quick, const char* wanted) {
+template <class T>
+void check_races(Report& report, const char* name, const char* wanted) {
+  if (wanted && std::strcmp(wanted, name)) return;
+  const auto run_once = [&](const AttentionShape& shape, bool aligned) {
+    const auto got = run_attention(kernels_of<T>(aligned), AttentionProblem<T>(shape, 1), 1);
+    report.where = name;
+    report.check(got.out.intact() && got.lse.intact() && got.dq.intact() && got.dk.intact() && got.dv.intact(),
+                 "results", [] { return "written outside their bounds"; });
+  };
+  for (const AttentionShape& shape : kShapes) run_once(shape, true);
+  if (sizeof(T) == 2) run_once(kShapes[0], false);
+}
+
+int run(const char* option, const char* wanted) {
   Report report;
-  check_type<bfloat16>(report, "bfloat16", kHalfBound, quick, wanted);
-  check_type<float16>(report, "float16", kHalfBound, quick, wanted);
-  check_type<float>(report, "float32", kForwardBound, quick, wanted);
-  check_type<double>(report, "float64", kForwardBound, quick, wanted);
+  if (!std::strcmp(option, "--races")) {
+    check_races<bfloat16>(report, "bfloat16", wanted), check_races<float16>(report, "float16", wanted);
+    check_races<float>(report, "float32", wanted), check_races<double>(report, "float64", wanted);
+  } else {
+    const bool quick = !std::strcmp(option, "--quick");
+    check_type<bfloat16>(report, "bfloat16", kHalfBound, quick, wanted);
+    check_type<float16>(report, "float16", kHalfBound, quick, wanted);
+    check_type<float>(report, "float32", kForwardBound, quick, wanted);
+    check_type<double>(report, "float64", kForwardBound, quick, wanted);
+  }
   std::printf("%lld calls; %lld passed, %lld failed\n", static_cast<long long>(launches),
               static_cast<long long>(report.passed), static_cast<long long>(report.failed));
   return report.failed ? 1 : 0;
@@ -171,10 +192,10 @@ int run(bool quick, const char* wanted) {
 }  // namespace fastseq::test
 
 int main(int argc, char** argv) {
-  const bool quick = argc > 1 && !std::strcmp(argv[1], "--quick");
-  if (argc > 2 + quick) {
-    std::fprintf(stderr, "usage: %s [--quick] [type]\n", argv[0]);
+  const bool has_option = argc > 1 && (!std::strcmp(argv[1], "--quick") || !std::strcmp(argv[1], "--races"));
+  if (argc > 2 + has_option) {
+    std::fprintf(stderr, "usage: %s [--quick | --races] [type]\n", argv[0]);
     return 2;
   }
-  return fastseq::test::run(quick, argc > 1 + quick ? argv[1 + quick] : nullptr);
+  return fastseq::test::run(has_option ? argv[1] : "", argc > 1 + has_option ? argv[1 + has_option] : nullptr);
 }

@@ -1,7 +1,7 @@
 // The recurrent kernels of CUDA by the checks of those of the CPU, step by step and with all steps in one launch: under
 // emulation, or, compiled by nvcc, on a device.
 //
-//   rnn_tests [--quick]      --quick: fewer sizes, for checkers
+//   rnn_tests [--quick | --races] [cell]      --quick: fewer sizes; --races: each kernel once, for sanitizers
 #include <utility>
 
 #include "device_memory.h"
@@ -20,6 +20,19 @@ RnnPath path = RnnPath::stepwise;
 bool tf32 = false;
 int64_t launches = 0;
 
+// A ragged schedule's tables where the device sees them.
+struct Tables {
+  std::vector<int64_t, Allocator<int64_t>> batch_sizes, offsets;
+
+  Tables(const Schedule& schedule, Call& call) {
+    if (!schedule.batch_sizes) return;
+    batch_sizes.assign(schedule.batch_sizes, schedule.batch_sizes + schedule.steps);
+    offsets.assign(schedule.offsets, schedule.offsets + schedule.steps + 1);
+    call.batch_sizes = batch_sizes.data(), call.offsets = offsets.data();
+  }
+  ~Tables() { wait_for_device(); }
+};
+
 template <CellKind kCell, class T>
 void forward(const RnnForward<T>& p) {
   ++launches;
@@ -27,6 +40,7 @@ void forward(const RnnForward<T>& p) {
                       [&](void* workspace) {
                         Call call;
                         call.workspace = workspace, call.rnn_path = path, call.tf32 = tf32;
+                        const Tables tables(p.schedule, call);
                         return cuda::rnn_forward(kCell, p, call);
                       }),
        "rnn_forward");
@@ -38,6 +52,7 @@ void backward(const RnnBackward<T>& p) {
                       [&](void* workspace) {
                         Call call;
                         call.workspace = workspace, call.rnn_path = path, call.tf32 = tf32;
+                        const Tables tables(p.schedule, call);
                         return cuda::rnn_backward(kCell, p, call);
                       }),
        "rnn_backward");
@@ -74,10 +89,9 @@ const Shape kStepwiseShapes[] = {
 };
 constexpr int kQuickStepwiseShapes = 3;
 const Shape kPersistentShapes[] = {
-    {4, 5, 3, 24, 0, 2, false, true, true},
-    {3, 33, 2, 40, 0, 1, false, true, false},
-    {3, 70, 4, 16, 0, 2, false, false, true},
-    {2, 3, 2, 264, 0, 1, false, true, true},
+    {4, 5, 3, 24, 0, 2, false, true, true},   {3, 33, 2, 40, 0, 1, false, true, false},
+    {3, 70, 4, 16, 0, 2, false, false, true}, {2, 3, 2, 264, 0, 1, false, true, true},
+    {5, 37, 3, 24, 0, 2, true, true, true},   {4, 5, 2, 16, 0, 2, true, true, false},
 };
 constexpr int kQuickPersistentShapes = 1;
 
@@ -106,10 +120,49 @@ void check_persistent(Report& report, const Kernels& kernels, const Case& c, con
   fence = odd_fence;
 }
 
-int run(bool quick) {
-  Report report;
-  const Kernels kernels = all_kernels();
-  for (int cell = 0; cell < cpu::kCells; ++cell) {
+// Two blocks and a tail along each axis, three stages of K (32) and a tail.
+const Shape kStepwiseRaces = {2, 70, 40, 136, 72, 2, true, true, true};
+const Shape kPersistentHalfRaces = {3, 70, 3, 24, 0, 1, false, true, true};
+const Shape kPersistentRaces = {3, 33, 3, 24, 0, 1, false, true, true};
+const Shape kPersistentRaggedRaces = {3, 5, 3, 24, 0, 2, true, true, true};
+
+template <class T>
+void run_once(Report& report, const Kernels& kernels, const Case& c) {
+  report.where = c.name();
+  const Inputs<T> in = convert<T>(random_inputs(c, 5));
+  const Forward<T> f = run_forward(kernels, c, in, true, 1);
+  for (int i = 0; i < kOutputs; ++i) report.written(output_name(i), f.out[i]);
+  const Inputs<T> grads = run_backward(kernels, c, in, f, convert<T>(random_output_gradients(c, 6)), 1);
+  for (int i = 0; i < kInputs; ++i) report.written(std::string("d ") + input_name(i), grads[i]);
+}
+
+void check_races(Report& report, const Kernels& kernels, const std::vector<int>& cells) {
+  fence = fence ? 40 : 0;  // rows of 16 bytes' multiples can be copied so
+#if defined(FASTSEQ_EMULATE_CUDA)
+  cuda::emulation::device.multiprocessors = 4;  // larger tiles, and fewer threads, as each takes its time
+#endif
+  for (const int cell : cells) {
+    const Case stepwise(cell, kernels.cells[cell], kStepwiseRaces);
+    path = RnnPath::stepwise;
+    run_once<double>(report, kernels, stepwise), run_once<float>(report, kernels, stepwise);
+    run_once<bfloat16>(report, kernels, stepwise), run_once<float16>(report, kernels, stepwise);
+  }
+  path = RnnPath::persistent;
+  for (const int cell : cells) {
+    const Case half(cell, kernels.cells[cell], kPersistentHalfRaces), one(cell, kernels.cells[cell], kPersistentRaces);
+    const Case two(cell, kernels.cells[cell], kPersistentRaggedRaces);
+    run_once<bfloat16>(report, kernels, half), run_once<bfloat16>(report, kernels, two);
+    run_once<float16>(report, kernels, half), run_once<float16>(report, kernels, two);
+    for (const bool rounded : {false, true}) {
+      tf32 = rounded;
+      run_once<float>(report, kernels, one), run_once<float>(report, kernels, two);
+    }
+    tf32 = false;
+  }
+}
+
+void check_all(Report& report, const Kernels& kernels, const std::vector<int>& cells, bool quick) {
+  for (const int cell : cells) {
     const CellFacts& facts = kernels.cells[cell];
     const Report before = report;
     path = RnnPath::stepwise;
@@ -131,6 +184,16 @@ int run(bool quick) {
                 static_cast<long long>(report.failed - before.failed));
     std::fflush(stdout);
   }
+}
+
+int run(const char* option, const char* wanted) {
+  Report report;
+  const Kernels kernels = all_kernels();
+  std::vector<int> cells;
+  for (int cell = 0; cell < cpu::kCells; ++cell)
+    if (!wanted || !std::strcmp(wanted, kernels.cells[cell].name)) cells.push_back(cell);
+  if (!std::strcmp(option, "--races")) check_races(report, kernels, cells);
+  else check_all(report, kernels, cells, !std::strcmp(option, "--quick"));
   std::printf("%lld calls; %lld passed, %lld failed\n", static_cast<long long>(launches),
               static_cast<long long>(report.passed), static_cast<long long>(report.failed));
   return report.failed ? 1 : 0;
@@ -140,10 +203,10 @@ int run(bool quick) {
 }  // namespace fastseq::test
 
 int main(int argc, char** argv) {
-  const bool quick = argc == 2 && !std::strcmp(argv[1], "--quick");
-  if (argc > 1 && !quick) {
-    std::fprintf(stderr, "usage: %s [--quick]\n", argv[0]);
+  const bool has_option = argc > 1 && (!std::strcmp(argv[1], "--quick") || !std::strcmp(argv[1], "--races"));
+  if (argc > 2 + has_option) {
+    std::fprintf(stderr, "usage: %s [--quick | --races] [cell]\n", argv[0]);
     return 2;
   }
-  return fastseq::test::run(quick);
+  return fastseq::test::run(has_option ? argv[1] : "", argc > 1 + has_option ? argv[1 + has_option] : nullptr);
 }
