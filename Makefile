@@ -12,9 +12,10 @@ torch := $(VENV)/.fastseq-torch-$(TORCH)
 built := $(VENV)/.fastseq-built
 linters := $(VENV)/.fastseq-linters
 peers := $(VENV)/.fastseq-peers
+disassembler := $(VENV)/.fastseq-disassembler
 sources := $(shell find csrc cmake -name '*.h' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.in') CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: help install test demo bench lint format test-asan test-aarch64 test-faults clean FORCE
+.PHONY: help install gpu-check test demo bench lint format test-asan test-aarch64 test-faults cuda-test cuda-budget clean FORCE
 
 help:
 	@echo 'make demo          train a character language model with fastseq next to torch.nn'
@@ -23,8 +24,11 @@ help:
 	@echo 'make install       build, and install into the virtual environment (all of the above do this first)'
 	@echo 'make lint          check the style of the Python and C++ code; make format repairs it'
 	@echo 'make test-asan     the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer'
-	@echo 'make test-faults   that the kernel tests see faults planted in the kernels (ten minutes)'
+	@echo 'make cuda-test     the CUDA kernels, run on the CPU: their tests alone (make test has them, too)'
+	@echo 'make cuda-budget   registers, spills, occupancy and instructions of the CUDA kernels, next to their table'
+	@echo 'make test-faults   that the kernel tests see faults planted in the kernels (half an hour)'
 	@echo 'make test-aarch64  the kernel tests, cross-compiled for aarch64 and run under qemu-user'
+	@echo 'make gpu-check     on a machine with a GPU: build the CUDA kernels, run their tests and the benchmark'
 	@echo 'make clean         remove everything that was built (the virtual environment stays)'
 	@echo
 	@echo 'PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) choose the interpreter, the virtual environment and the version of'
@@ -44,12 +48,23 @@ bench: $(peers)
 lint: $(linters)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	find csrc bench -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format --dry-run --Werror
+	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(bin)/clang-format --dry-run --Werror
 
 format: $(linters)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
-	find csrc bench -name '*.h' -o -name '*.cpp' | xargs $(bin)/clang-format -i
+	find csrc bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(bin)/clang-format -i
+
+# Build, tests and benchmark on a GPU; what they say is left in build/gpu-check.
+gpu-check: $(torch)
+	@$(bin)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	    { echo 'make gpu-check needs a GPU, and a torch in $(VENV) that was built with CUDA: see README.md.'; exit 1; }
+	@mkdir -p build/gpu-check
+	archs=$${FASTSEQ_CUDA_ARCHS:-$$($(bin)/python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')} && \
+	FASTSEQ_CUDA=1 FASTSEQ_CUDA_ARCHS=$$archs $(pip) install --no-build-isolation -e '.[demo,test]'
+	$(bin)/python -m pytest tests/test_gpu.py $(ARGS) > build/gpu-check/tests.txt 2>&1; \
+	    status=$$?; tail -n 30 build/gpu-check/tests.txt; exit $$status
+	$(bin)/python -m fastseq bench-gpu --output build/gpu-check
 
 # ---- Set-up ----------------------------------------------------------------------------------------------------------
 $(tools):
@@ -78,6 +93,10 @@ $(linters): $(built)
 	$(pip) install --no-build-isolation -e '.[dev]'
 	@touch $@
 
+$(disassembler): $(tools)
+	$(pip) install 'nvidia-cuda-nvdisasm==13.*'
+	@touch $@
+
 # The libraries lie in the tree, so another environment or another torch has to build them again.
 build/made-for: FORCE
 	@mkdir -p build
@@ -93,7 +112,13 @@ define kernel_tests
 endef
 
 test-faults: $(built)
-	$(bin)/python -m pytest -m faults tests/test_faults.py $(ARGS)
+	$(bin)/python -m pytest -m faults tests/test_faults.py tests/test_cuda_faults.py $(ARGS)
+
+cuda-test: $(built)
+	$(bin)/python -m pytest -v tests/test_cuda_emulation.py tests/test_cuda_faults.py $(ARGS)
+
+cuda-budget: $(disassembler)
+	PYTHONPATH=csrc/cuda $(bin)/python -m budget $(ARGS)
 
 test-asan: $(tools)
 	$(call kernel_tests,asan,-DFASTSEQ_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo)
