@@ -186,10 +186,10 @@ struct TileProduct {
 template <int kThreads, int kUnits, int kRows>
 constexpr int kUnitsOfThread = (kRows * kUnits + kThreads - 1) / kThreads;
 
-// Shared memory, numbers [0, count) of a row, from `from` at distance `step`, then zeros up to `all`.
+// Shared memory: the numbers [0, count) of a row, then zeros up to `all`.
 template <class T>
-__device__ void fill_row(T* to, const T* from, int64_t step, int64_t count, int64_t all) {
-  for (int64_t k = threadIdx.x; k < all; k += blockDim.x) to[k] = k < count ? from[k * step] : T{0};
+__device__ void fill_row(T* to, const T* from, int64_t count, int64_t all) {
+  for (int64_t k = threadIdx.x; k < all; k += blockDim.x) to[k] = k < count ? from[k] : T{0};
 }
 
 template <class Cell, class T, bool kSplit, int kUnits, int kRows>
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) persistent_forward_kernel(
   for (int column = 0; column < kColumns; ++column) {
     const int64_t unit = first_unit + column % kUnits;
     const T* const from = p.w_hh[d] + (column / kUnits * H + unit) * H;
-    fill_row(reinterpret_cast<T*>(weights + column * weight_row), from, 1, unit < H ? H : 0, Tile::part(H));
+    fill_row(reinterpret_cast<T*>(weights + column * weight_row), from, unit < H ? H : 0, Tile::part(H));
   }
   const DirectionSteps steps{p.schedule, d};
   const auto h_before = [&](int64_t t) {

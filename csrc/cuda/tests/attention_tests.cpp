@@ -4,6 +4,7 @@
 //
 // --quick: fewer sizes; --races: each kernel once, for sanitizers; type: float32, float64, bfloat16, float16.
 #include "device_memory.h"
+#include "program.h"
 
 #include "cuda/attention.h"
 #include "tests/attention_check.h"
@@ -183,19 +184,10 @@ int run(const char* option, const char* wanted) {
     check_type<float>(report, "float32", kForwardBound, quick, wanted);
     check_type<double>(report, "float64", kForwardBound, quick, wanted);
   }
-  std::printf("%lld calls; %lld passed, %lld failed\n", static_cast<long long>(launches),
-              static_cast<long long>(report.passed), static_cast<long long>(report.failed));
-  return report.failed ? 1 : 0;
+  return end_program(report, launches);
 }
 
 }  // namespace
 }  // namespace fastseq::test
 
-int main(int argc, char** argv) {
-  const bool has_option = argc > 1 && (!std::strcmp(argv[1], "--quick") || !std::strcmp(argv[1], "--races"));
-  if (argc > 2 + has_option) {
-    std::fprintf(stderr, "usage: %s [--quick | --races] [type]\n", argv[0]);
-    return 2;
-  }
-  return fastseq::test::run(has_option ? argv[1] : "", argc > 1 + has_option ? argv[1 + has_option] : nullptr);
-}
+int main(int argc, char** argv) { return fastseq::test::run_program(argc, argv, "type", fastseq::test::run); }

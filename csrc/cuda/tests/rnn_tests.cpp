@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "device_memory.h"
+#include "program.h"
 
 #include "cuda/rnn.h"
 #include "cuda/rnn_plan.h"
@@ -194,19 +195,10 @@ int run(const char* option, const char* wanted) {
     if (!wanted || !std::strcmp(wanted, kernels.cells[cell].name)) cells.push_back(cell);
   if (!std::strcmp(option, "--races")) check_races(report, kernels, cells);
   else check_all(report, kernels, cells, !std::strcmp(option, "--quick"));
-  std::printf("%lld calls; %lld passed, %lld failed\n", static_cast<long long>(launches),
-              static_cast<long long>(report.passed), static_cast<long long>(report.failed));
-  return report.failed ? 1 : 0;
+  return end_program(report, launches);
 }
 
 }  // namespace
 }  // namespace fastseq::test
 
-int main(int argc, char** argv) {
-  const bool has_option = argc > 1 && (!std::strcmp(argv[1], "--quick") || !std::strcmp(argv[1], "--races"));
-  if (argc > 2 + has_option) {
-    std::fprintf(stderr, "usage: %s [--quick | --races] [cell]\n", argv[0]);
-    return 2;
-  }
-  return fastseq::test::run(has_option ? argv[1] : "", argc > 1 + has_option ? argv[1 + has_option] : nullptr);
-}
+int main(int argc, char** argv) { return fastseq::test::run_program(argc, argv, "cell", fastseq::test::run); }
