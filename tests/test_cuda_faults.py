@@ -104,8 +104,8 @@ OTHERS = {
     ),
     "persistent: gates change places": Fault(
         "rnn_persistent.cuh",
-        "p.w_hh[d] + (column / kUnits * H + unit) * H",
-        "p.w_hh[d] + ((column / kUnits ^ 1) * H + unit) * H",
+        "p.w_hh[d][(column / kUnits * H + unit) * H + k]",
+        "p.w_hh[d][((column / kUnits ^ 1) * H + unit) * H + k]",
         LSTM,
     ),
     "attention, forward: nobody waits for the others' parts of a tile": Fault(

@@ -87,10 +87,11 @@ def test_finite_differences(cell, form):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_sizes_of_real_layers(cell, dtype):
-    """Where weights stay on the chip and where they do not fit; in float32 without TF32."""
+    """Where weights stay on the chip, those of large layers also in registers, and where they do not fit; in float32
+    without TF32."""
     if cell == "rnn_relu" and dtype in (torch.bfloat16, torch.float16):
         pytest.skip("rounding takes h across the rectifier's kink, where the gradient is another")
-    for H, B in ((64, 64), (256, 17), (512, 32), (1024, 8), (1500, 3)):
+    for H, B in ((64, 64), (256, 17), (512, 32), (1024, 8), (1400, 20), (1500, 3), (2048, 9)):
         problem = Case(cell, T=6, B=B, I=96, H=H, dtype=dtype).problem()
         # Smaller weights than a case has, as those of a trained layer: gradients stay of the size of the outputs.
         problem = problem.with_tensors([t / 2 for t in problem.tensors().values()])

@@ -77,14 +77,14 @@ class LayerBackward {
         p.c0[d] = direction(d).state_at(p_.c0, 0, p_.hidden_size);
         p.dh[d] = dh_[d], p.dc[d] = dc_[d], p.dg[d] = dg_[d];
       }
-      return with_tile<T>(plan.tile, [&](auto units, auto rows) {
+      return with_tile<Cell, T, backward_threads(sizeof(T))>(plan.tile, [&](auto units, auto rows, auto holds) {
         const auto run = [&](auto kernel) {
           return launch<true>(kernel, plan.grid, dim3(backward_threads(sizeof(T))),
                               static_cast<std::size_t>(plan.shared), call_.stream, p);
         };
         if constexpr (!kHalf<T>)
-          if (!call_.tf32) return run(persistent_backward_kernel<Cell, T, true, units(), rows()>);
-        return run(persistent_backward_kernel<Cell, T, false, units(), rows()>);
+          if (!call_.tf32) return run(persistent_backward_kernel<Cell, T, true, units(), rows(), holds()>);
+        return run(persistent_backward_kernel<Cell, T, false, units(), rows(), holds()>);
       });
     }
   }

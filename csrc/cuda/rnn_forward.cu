@@ -89,14 +89,14 @@ class LayerForward {
         p.h0[d] = direction(d).state_at(p_.h0, 0, p_.hidden_size);
         p.w_hh[d] = p_.weights[d].w_hh, p.b_ih[d] = p_.weights[d].b_ih, p.b_hh[d] = p_.weights[d].b_hh;
       }
-      return with_tile<T>(plan.tile, [&](auto units, auto rows) {
+      return with_tile<Cell, T, kForwardThreads>(plan.tile, [&](auto units, auto rows, auto holds) {
         const auto run = [&](auto kernel) {
           return launch<true>(
               kernel, plan.grid, dim3(kForwardThreads), static_cast<std::size_t>(plan.shared), call_.stream, p);
         };
         if constexpr (!kHalf<T>)
-          if (!call_.tf32) return run(persistent_forward_kernel<Cell, T, true, units(), rows()>);
-        return run(persistent_forward_kernel<Cell, T, false, units(), rows()>);
+          if (!call_.tf32) return run(persistent_forward_kernel<Cell, T, true, units(), rows(), holds()>);
+        return run(persistent_forward_kernel<Cell, T, false, units(), rows(), holds()>);
       });
     }
   }

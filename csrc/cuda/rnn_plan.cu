@@ -22,7 +22,8 @@ namespace {
 // Of a block with this tile: as TileProduct has it, of sizes known as the program runs.
 int64_t shared_bytes(PersistentTile tile, int threads, int columns, int parts, int64_t hidden_bytes) {
   const int groups = depth_groups_of(threads, tile.rows);
-  const int64_t row = parts * depth_of_group(hidden_bytes, groups) * groups;
+  const int held = held_chunks(tile, threads, columns, parts);
+  const int64_t row = parts * stored_of_group(hidden_bytes, groups, held) * groups;
   return columns * weight_row_bytes(row) + int64_t(groups) * tile.rows * sums_row(columns) * 4;
 }
 
@@ -50,7 +51,7 @@ RnnPlan plan(const RnnSizes& sizes, const DeviceFacts& device, int threads, int 
     const int64_t unit_tiles = (sizes.hidden + tile.units - 1) / tile.units;
     const int64_t row_tiles = (sizes.batch + tile.rows - 1) / tile.rows;
     const int64_t blocks = unit_tiles * row_tiles * sizes.directions;
-    if (!fits_registers(tile, sizes.number_bytes) || shared > device.shared_bytes) continue;
+    if (!there_is(tile, threads, sizes.gates, sizes.number_bytes) || shared > device.shared_bytes) continue;
     fewest = fewest == 0 || blocks < fewest ? blocks : fewest;
     if (blocks > device.multiprocessors) continue;
     // Clocks of a step, roughly: the left side by 64 bytes from the L2 cache, weights and sums by 128 from shared
@@ -58,15 +59,15 @@ RnnPlan plan(const RnnSizes& sizes, const DeviceFacts& device, int threads, int 
     const double left = double(tile.rows * parts * hidden_bytes) / 64;
     const double weights = double(columns * parts * hidden_bytes * row_groups_of(tile.rows)) / 128;
     const double sums = 2.0 * 4 * depth_groups_of(threads, tile.rows) * tile.rows * columns / 128;
-    const double clocks = left + weights + sums;
+    const double clocks = (left + weights + sums) * (tile.held ? 1.1 : 1);
     if (out.persistent && clocks >= best) continue;
     best = clocks, out.persistent = true, out.tile = tile, out.shared = shared;
     out.grid = dim3(
         static_cast<unsigned>(unit_tiles), static_cast<unsigned>(row_tiles), static_cast<unsigned>(sizes.directions));
   }
   if (out.persistent) {
-    out.reason = "all steps in one launch: W_hh in the shared memory of " +
-                 std::to_string(int64_t(out.grid.x) * out.grid.y * out.grid.z) + " of " +
+    out.reason = std::string("all steps in one launch: W_hh in the ") + (out.tile.held ? "registers and " : "") +
+                 "shared memory of " + std::to_string(int64_t(out.grid.x) * out.grid.y * out.grid.z) + " of " +
                  std::to_string(device.multiprocessors) + " multiprocessors, " + std::to_string(out.tile.units) +
                  " units and " + std::to_string(out.tile.rows) + " rows each";
     return out;

@@ -24,15 +24,20 @@ struct RnnSizes {
   bool aligned = false;   // tensors that are read by 16 bytes begin at multiples of them
 };
 
-// kUnits and kRows of rnn_persistent.cuh.
+// kUnits, kRows and kHolds of rnn_persistent.cuh: whether registers hold a part of the weights. That leaves them fewer
+// loads under way, a tenth slower where shared memory alone would do.
 struct PersistentTile {
   int units, rows;
+  bool held = false;
 };
-constexpr PersistentTile kPersistentTiles[] = {{8, 16}, {8, 32}, {8, 64}, {16, 16}, {16, 32}, {16, 64}};
+constexpr PersistentTile kPersistentTiles[] = {
+    {8, 16}, {8, 32}, {8, 64}, {16, 16}, {16, 32}, {16, 64}, {16, 16, true}, {16, 32, true}, {16, 64, true}};
 
-// Floats, of which each is two factors, take more registers than there are.
-constexpr bool fits_registers(PersistentTile tile, int64_t number_bytes) {
-  return number_bytes == 2 || tile.units * tile.rows < 1024;
+// Floats, of which each is two factors, take more registers than there are, and so do weights of more than 16 rows
+// where there are sixteen warps. The weights of a single gate fit without wherever its blocks do.
+constexpr bool there_is(PersistentTile tile, int threads, int gates, int64_t number_bytes) {
+  if (number_bytes > 2) return !tile.held && tile.units * tile.rows < 1024;
+  return !tile.held || (gates > 1 && (threads <= 256 || tile.rows == 16));
 }
 
 struct RnnPlan {

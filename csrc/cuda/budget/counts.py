@@ -98,8 +98,10 @@ def up(number: int, each: int) -> int:
 
 
 def persistent(
-    cell: str, t: str, split: str, units: str, rows: str, case: Case, backward: bool
+    cell: str, t: str, split: str, units: str, rows: str, holds: str, case: Case, backward: bool
 ) -> tuple[Shape, Counts]:
+    if holds == "true":
+        raise ValueError("a case whose weights are in registers, too: what is read from shared memory is not counted")
     number, gates = BYTES[t], GATES[cell]
     unit, row = int(units), int(rows)
     sizes = case.sizes
@@ -134,12 +136,16 @@ def persistent(
     return shape, Counts(useful, issued, device, l2, shared)
 
 
-def persistent_forward(cell: str, t: str, split: str, units: str, rows: str, *, case: Case) -> tuple[Shape, Counts]:
-    return persistent(cell, t, split, units, rows, case, backward=False)
+def persistent_forward(
+    cell: str, t: str, split: str, units: str, rows: str, holds: str, *, case: Case
+) -> tuple[Shape, Counts]:
+    return persistent(cell, t, split, units, rows, holds, case, backward=False)
 
 
-def persistent_backward(cell: str, t: str, split: str, units: str, rows: str, *, case: Case) -> tuple[Shape, Counts]:
-    return persistent(cell, t, split, units, rows, case, backward=True)
+def persistent_backward(
+    cell: str, t: str, split: str, units: str, rows: str, holds: str, *, case: Case
+) -> tuple[Shape, Counts]:
+    return persistent(cell, t, split, units, rows, holds, case, backward=True)
 
 
 def step_forward(cell: str, t: str, *, case: Case) -> tuple[Shape, Counts]:

@@ -99,10 +99,10 @@ constexpr int kQuickPersistentShapes = 1;
 // Errors are bound by so many units of the last bit that products keep.
 template <class T>
 void check_persistent(Report& report, const Kernels& kernels, const Case& c, const char* type, double forward_bound,
-                      double backward_bound) {
+                      double backward_bound, RnnPath wanted = RnnPath::persistent) {
   report.where = std::string("cuda, in one launch, ") + type + " " + c.name();
   const size_t odd_fence = std::exchange(fence, fence ? 40 : 0);  // these kernels read 16 bytes at once
-  path = RnnPath::persistent;
+  path = wanted;
   const Inputs<T> in = convert<T>(random_inputs(c, 3));
   const Outputs<T> d_out = convert<T>(random_output_gradients(c, 4));
   const Forward<T> f = check_forward(report, kernels, c, in);
@@ -120,6 +120,46 @@ void check_persistent(Report& report, const Kernels& kernels, const Case& c, con
         std::string("against double: d ") + input_name(i), grads[i], want[i], backward_bound * largest(want[i]));
   fence = odd_fence;
 }
+
+#if defined(FASTSEQ_EMULATE_CUDA)
+// Weights that registers hold a part of, on devices whose blocks have just too little shared memory for all of them.
+struct HeldShape {
+  Shape shape;
+  int multiprocessors;  // for tiles of 16 units alone
+  bool backward;        // what holds them
+};
+const HeldShape kHeldShapes[] = {
+    {{2, 3, 2, 520, 0, 1, false, true, true}, 34, false}, {{2, 3, 2, 520, 0, 1, false, true, true}, 34, true},
+    {{3, 20, 2, 136, 0, 1, true, true, true}, 10, false}, {{3, 40, 2, 136, 0, 1, true, true, true}, 10, false},
+    {{2, 9, 2, 40, 0, 2, true, true, true}, 6, true},
+};
+
+void check_held(Report& report, const Kernels& kernels, int cell) {
+  const CellFacts& facts = kernels.cells[cell];
+  const cuda::emulation::Device before = cuda::emulation::device;
+  for (const HeldShape& held : kHeldShapes) {
+    if (facts.gates == 1) continue;
+    const Case c(cell, facts, held.shape);
+    cuda::RnnSizes sizes;
+    sizes.gates = facts.gates, sizes.batch = c.B, sizes.hidden = c.H, sizes.directions = c.directions;
+    sizes.number_bytes = 2, sizes.aligned = true;
+    cuda::RnnPlan plan;
+    int& shared = cuda::emulation::device.shared_of_block;
+    cuda::emulation::device.multiprocessors = held.multiprocessors;
+    for (; shared > 0 && !(plan.persistent && plan.tile.held); shared -= 1024) {
+      cuda::DeviceFacts device;
+      must(cuda::device_facts(device), "device_facts");
+      plan = held.backward ? plan_rnn_backward(sizes, device) : plan_rnn_forward(sizes, device);
+    }
+    shared += 1024;
+    report.where = std::string("cuda, weights in registers, ") + c.name();
+    report.check(plan.persistent && plan.tile.held, "a plan that has them", [&] { return plan.reason; });
+    const double bound = kHalfBound * epsilon<bfloat16>();
+    check_persistent<bfloat16>(report, kernels, c, "bfloat16", bound, bound, RnnPath::planned);
+    cuda::emulation::device = before;
+  }
+}
+#endif
 
 // Two blocks and a tail along each axis, three stages of K (32) and a tail.
 const Shape kStepwiseRaces = {2, 70, 40, 136, 72, 2, true, true, true};
@@ -181,6 +221,9 @@ void check_all(Report& report, const Kernels& kernels, const std::vector<int>& c
       check_persistent<float>(report, kernels, c, "tf32", float16_bound, float16_bound);  // as many bits
       tf32 = false;
     }
+#if defined(FASTSEQ_EMULATE_CUDA)
+    if (!quick) check_held(report, kernels, cell);
+#endif
     std::printf("%s: %lld passed, %lld failed\n", facts.name, static_cast<long long>(report.passed - before.passed),
                 static_cast<long long>(report.failed - before.failed));
     std::fflush(stdout);
