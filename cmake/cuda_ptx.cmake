@@ -38,19 +38,17 @@ set_source_files_properties(${fastseq_ptx}/probes.cu PROPERTIES LANGUAGE CXX COM
 list(APPEND fastseq_cuda_targets fastseq_cuda_ptx_rnn_tests fastseq_cuda_ptx_attention_tests
             fastseq_cuda_ptx_probes_tests)
 
-# All families of kernels; of tiles and types those that the tests with --quick need, for two cells, and for heads of up
-# to 128 numbers. A compiler takes seconds for each.
+# All families of kernels but that of a mask's gradients; of tiles, types and cells what tests/test_cuda_ptx.py runs. A
+# compiler takes seconds for each, so there are two cells, and no heads of more than 128 numbers.
+set(two_cells "step_.*<(Lstm|Gru)Cell" "persistent_.*<(Lstm|Gru)Cell, .*, 8, 16>")
 fastseq_translate(fastseq_cuda_ptx_probes_tests ${fastseq_ptx}/probes.cu ".*")
 fastseq_translate(fastseq_cuda_ptx_rnn_tests csrc/cuda/gemm.cu ".*")
-fastseq_translate(fastseq_cuda_ptx_rnn_tests csrc/cuda/rnn_forward.cu "copy_kernel" "step_.*<(Lstm|Gru)Cell"
-                  "persistent_.*<(Lstm|Gru)Cell, .*, 8, 16>")
-fastseq_translate(fastseq_cuda_ptx_rnn_tests csrc/cuda/rnn_backward.cu "add_kernel|column_sums_kernel"
-                  "step_.*<(Lstm|Gru)Cell" "persistent_.*<(Lstm|Gru)Cell, .*, 8, 16>")
-fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_forward.cu
-                  "attention_forward_tiles<bfloat16, (64|128)," "attention_forward_tiles<float16, 64, false,"
-                  "attention_forward_simt<float,")
-fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_few.cu "merge_splits"
-                  "attention_forward_tiles<bfloat16, (64|128)," "attention_forward_simt<float,")
-fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_backward.cu "attention_delta"
-                  "attention_.*_gradients<bfloat16, (64|128)," "attention_.*_gradients<float16, 64, false"
-                  "attention_.*_gradients_simt<float")
+fastseq_translate(fastseq_cuda_ptx_rnn_tests csrc/cuda/rnn_forward.cu ${two_cells} "copy_kernel")
+fastseq_translate(fastseq_cuda_ptx_rnn_tests csrc/cuda/rnn_backward.cu ${two_cells} "add_kernel" "column_sums_kernel")
+fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_forward.cu "attention_forward_simt<float,"
+                  "attention_forward_tiles<bfloat16, (64|128), false," "attention_forward_tiles<float16, 64, false,")
+fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_few.cu "merge_splits<(float|b?float16)>"
+                  "attention_forward_simt<float," "attention_forward_tiles<bfloat16, (64, false|128, true),")
+fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_backward.cu "attention_delta<(float|b?float16)>"
+                  "attention_.*_gradients_simt<float>" "attention_.*_gradients<b?float16, 64, false>"
+                  "attention_.*_gradients<bfloat16, 128,")
