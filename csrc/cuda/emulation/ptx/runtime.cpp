@@ -79,7 +79,11 @@ void read_names(Program& to) {
   if (here == addresses.end()) stop("the program has no names of its functions: it must not be stripped");
   const u64 moved = reinterpret_cast<u64>(&fastseq_emulation_ptx_here) - here->second[0];
   for (const auto& [name, places] : addresses)
-    for (const u64 place : places) to.names[reinterpret_cast<const void*>(place + moved)] = name;
+    for (const u64 place : places) {
+      const auto [known, is_new] = to.names.emplace(reinterpret_cast<const void*>(place + moved), name);
+      if (!is_new && (to.translated.count(name) || to.translated.count(known->second)))
+        stop("the compiler has made one function of " + plain(name) + " and " + plain(known->second));
+    }
   for (const auto& [name, kernel] : to.translated)
     if (addresses[name].size() != 1)
       stop("this program has " + std::to_string(addresses[name].size()) + " functions " + plain(name));
