@@ -115,7 +115,7 @@ test-faults: $(built)
 	$(bin)/python -m pytest -m faults tests/test_faults.py tests/test_cuda_faults.py $(ARGS)
 
 cuda-test: $(built)
-	$(bin)/python -m pytest -v tests/test_cuda_emulation.py tests/test_cuda_faults.py $(ARGS)
+	$(bin)/python -m pytest -v tests/test_cuda_emulation.py tests/test_cuda_faults.py tests/test_cuda_ptx.py $(ARGS)
 
 cuda-budget: $(disassembler)
 	PYTHONPATH=csrc/cuda $(bin)/python -m budget $(ARGS)

@@ -48,7 +48,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::si
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
 #if defined(FASTSEQ_EMULATE_CUDA)
   (void)stream;
-  return emulation::run(kCooperative, grid, block, shared, [&] { kernel(arguments...); });
+  return emulation::run_kernel<Parameters...>(kCooperative, grid, block, shared, kernel, arguments...);
 #else
   const void* const function = reinterpret_cast<const void*>(kernel);
   if (shared > kSharedByDefault)

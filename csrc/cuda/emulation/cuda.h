@@ -99,9 +99,43 @@ cudaError_t run(bool cooperative, dim3 grid, dim3 block, std::size_t shared, con
       const_cast<Body*>(&body));
 }
 
+// A launch of a kernel; the parameters' bytes are as CUDA has them.
+struct Launch {
+  const void* kernel;
+  bool cooperative;
+  uint64_t threads;  // of a block
+  const unsigned char* parameters;
+  std::size_t parameter_bytes;
+};
+// What each thread runs in place of the kernel's source, or null: of a program with kernels from PTX (ptx/).
+inline void (*(*find_translated)(const Launch&))() = nullptr;
+
+template <class... Parameters>
+cudaError_t run_kernel(bool cooperative, dim3 grid, dim3 block, std::size_t shared, void (*kernel)(Parameters...),
+                       Parameters... arguments) {
+  if (find_translated) {
+    alignas(16) unsigned char bytes[(sizeof(Parameters) + ... + 0) + 16 * sizeof...(Parameters)] = {};
+    std::size_t end = 0;
+    const auto put = [&](const auto& argument) {
+      end = (end + alignof(decltype(argument)) - 1) / alignof(decltype(argument)) * alignof(decltype(argument));
+      std::memcpy(bytes + end, &argument, sizeof argument);
+      end += sizeof argument;
+    };
+    (put(arguments), ...);
+    const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+    if (void (*const translated)() =
+            find_translated({reinterpret_cast<const void*>(kernel), cooperative, threads, bytes, end}))
+      return run(cooperative, grid, block, shared, translated);
+  }
+  return run(cooperative, grid, block, shared, [&] { kernel(arguments...); });
+}
+
 unsigned char* shared_memory();
+std::size_t shared_bytes();
 void block_sync();
 void grid_sync();
+// Lets others go on before the thread looks once more for what it waits for in memory.
+void poll();
 
 // All 32 lanes of a warp meet, and each sees what every lane has brought, until it meets the others once more. `place`
 // tells meetings apart: all lanes have to come to the same. Memory is in no order by that: only __syncwarp says so.

@@ -98,10 +98,11 @@ constexpr std::size_t kStack = 64 << 10;
 #endif
 constexpr uint64_t kCanary = 0x5afe5afe5afe5afe;
 
-enum class State { ready, at_block_sync, at_warp, at_grid_sync, done };
+enum class State { ready, at_block_sync, at_warp, at_grid_sync, polling, done };
 const char* name_of(State state) {
   static const char* const names[] = {
-      "ready", "at __syncthreads", "at a meeting of its warp", "at a grid sync", "done"};
+      "ready", "at __syncthreads", "at a meeting of its warp", "at a grid sync", "waiting for what is in memory",
+      "done"};
   return names[static_cast<int>(state)];
 }
 
@@ -141,6 +142,8 @@ struct World {
   Block* blocks = nullptr;
   int block_count = 0, threads = 0, warps_of_block = 0;
   int at_grid_sync = 0, grid_turn = 0, done = 0;
+  std::size_t shared = 0;
+  int64_t polls = 0;  // since a thread has done anything else
   Clocks grid_clocks = {};
   int* ready = nullptr;  // fibers, in a ring
   int ready_first = 0, ready_count = 0;
@@ -247,6 +250,7 @@ void enter(Fiber& fiber) {
 // Waits in this state until somebody makes the thread ready.
 void wait_as(State state, const char* place) {
   Fiber& fiber = self();
+  world.polls = 0;
   fiber.state = state, fiber.place = place;
   leave_to_host(fiber, false);
 }
@@ -260,7 +264,7 @@ void fiber_main() {
   world.body(world.argument);
   release(&world.done);
   fiber.state = State::done;
-  ++world.done;
+  ++world.done, world.polls = 0;
   leave_to_host(fiber, true);
   std::abort();
 }
@@ -348,8 +352,8 @@ void end_grid() {
 
 // Blocks [first, first + count) of the grid, all at once.
 void run_blocks(int first, int count, dim3 grid, dim3 block, std::size_t shared) {
-  world.block_count = count, world.count = count * world.threads;
-  world.ready_first = world.ready_count = world.at_grid_sync = world.done = 0;
+  world.block_count = count, world.count = count * world.threads, world.shared = shared;
+  world.ready_first = world.ready_count = world.at_grid_sync = world.done = 0, world.polls = 0;
   for (int b = 0; b < count; ++b) {
     world.blocks[b].arrived = world.blocks[b].turn = 0;
     world.blocks[b].shared = new_shared_memory(shared);
@@ -431,6 +435,23 @@ cudaError_t run_threads(bool cooperative, dim3 grid, dim3 block, std::size_t sha
 }
 
 unsigned char* shared_memory() { return world.blocks[self().block].shared; }
+
+std::size_t shared_bytes() { return world.shared; }
+
+void poll() {
+  Fiber& fiber = self();
+  const int number = static_cast<int>(&fiber - world.fibers);
+  make_ready(number);
+  if (order == Order::last_to_first) {  // else it would be next once more
+    --world.ready_count;
+    world.ready_first = (world.ready_first + world.capacity - 1) % world.capacity;
+    world.ready[world.ready_first] = number, ++world.ready_count;
+  }
+  fiber.state = State::polling;
+  if (++world.polls > int64_t(100) * world.count) fail_stuck();  // in any order, all the others have had their turns
+  leave_to_host(fiber, false);
+  fiber.state = State::ready;
+}
 
 void block_sync() {
   const int b = self().block;

@@ -192,6 +192,18 @@ void check_meetings(Report& report) {
     for (int i = 0; i < kAll; ++i) expected[i] = (i + (kThreads + 1) * kRounds) % kAll;
     all_equal(report, "numbers of other blocks", got, expected);
   });
+  with_each_schedule(report, "poll", [&] {
+    constexpr int kBlocks = 3;
+    std::atomic<int> turn{0};
+    Global<int> order;
+    run_cooperative(kBlocks, 1, 0, [&] {
+      const int block = static_cast<int>(blockIdx.x);
+      while (turn.load() != (block + 2) % kBlocks) emulation::poll();
+      order.push_back(block);
+      turn.store((block + 2) % kBlocks + 1);
+    });
+    all_equal(report, "blocks that wait for their turns", order, {1, 2, 0});
+  });
 }
 
 // A sum whose bits depend on the order of its terms, in the order that the kernel says.
@@ -473,6 +485,7 @@ void check_shared_memory(Report& report) {
         if (threadIdx.x == 0) std::memset(shared, 1, bytes);
         __syncthreads();
         if (threadIdx.x == 1) wrong += !full_of(shared, 1, bytes);
+        wrong += emulation::shared_bytes() != bytes;
       });
       equal(report, "aligned, full of NaN, and the block's own", wrong, 0);
     }
@@ -658,6 +671,16 @@ std::vector<Mistake> mistakes() {
        [] {
          run_cooperative(dim3(1, 2), 32, 0, [] {
            if (blockIdx.y == 0) grid_sync();
+         });
+       }},
+      {"a thread that waits for what nobody writes",
+       By::emulation,
+       {stuck, "waiting for what is in memory", "block (0, 0, 0)", "at __syncthreads"},
+       [] {
+         std::atomic<int> never{0};
+         run(1, 64, 0, [&] {
+           while (threadIdx.x == 7 && never.load() == 0) emulation::poll();
+           __syncthreads();
          });
        }},
       {"a shuffle without a lane",
