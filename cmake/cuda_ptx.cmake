@@ -40,7 +40,7 @@ list(APPEND fastseq_cuda_targets fastseq_cuda_ptx_rnn_tests fastseq_cuda_ptx_att
 
 # All families of kernels but that of a mask's gradients; of tiles, types and cells what tests/test_cuda_ptx.py runs. A
 # compiler takes seconds for each, so there are two cells, and no heads of more than 128 numbers.
-set(two_cells "step_.*<(Lstm|Gru)Cell" "persistent_.*<(Lstm|Gru)Cell, .*, 8, 16>")
+set(two_cells "step_.*<(Lstm|Gru)Cell" "persistent_.*<(Lstm|Gru)Cell, .*, 8, 16, false>")
 fastseq_translate(fastseq_cuda_ptx_probes_tests ${fastseq_ptx}/probes.cu ".*")
 fastseq_translate(fastseq_cuda_ptx_rnn_tests csrc/cuda/gemm.cu ".*")
 fastseq_translate(fastseq_cuda_ptx_rnn_tests csrc/cuda/rnn_forward.cu ${two_cells} "copy_kernel")
