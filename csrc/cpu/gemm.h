@@ -5,11 +5,13 @@
 // do not depend on m, n or the threads.
 #pragma once
 
-constexpr int64_t kGemmK = 512;            // depth of a block: a panel of it stays in cache while rows go by
+constexpr int64_t kGemmK = 1024;           // depth of a block: a panel of it stays in cache while rows go by
 constexpr int64_t kGemmRows = 96;          // rows of A that a thread takes against all panels; a multiple of every tile
 constexpr int64_t kRowsInPlace = 8;        // for so few rows of A, B is not packed; at most kRowBlock
 constexpr int64_t kGemmPart = 64;          // rows or columns that a thread has at least
 constexpr int64_t kGemmToShare = 1 << 18;  // multiplications worth starting a team for
+// Panels of so many bytes in a block are asked for ahead of their use: a core's own cache does not hold them.
+constexpr int64_t kGemmBytesFar = 1 << 20;
 
 // Element (i, j) is data[i * row + j * column]; one of the strides is 1.
 template <class T>
@@ -169,12 +171,19 @@ FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, i
           .store(sums + i * V::size);
   }
   if (accumulate)  // what is added to comes from far away, in time for the end of the first chain
-    for (int i = 0; i < MR; ++i) __builtin_prefetch(to + i * ld, 1);
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(to + i * ld + v * V::size, 1);
+  // Between chains the sums lie side by side: rows of C a power of two apart share a few sets of the cache.
+  const Compute<T>* before = accumulate ? to : nullptr;
+  int64_t ld_before = ld;
   for (int64_t k = 0; k < k_size; k += kChain) {
+    const bool last = k + kChain >= k_size;
     rows_ahead.ask();
     tile<MR, NV, 1, T, fetches>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count, 0,
-                                k_size - k < kChain ? k_size - k : kChain, to, ld, accumulate || k > 0,
+                                last ? k_size - k : kChain, before, ld_before, last ? to : sums, last ? ld : width,
                                 fetches ? ahead + k / count * kLineNumbers<T> : nullptr);
+    before = sums, ld_before = width;
   }
   if (columns < width)
     for (int i = 0; i < MR * NV; ++i)
@@ -202,7 +211,7 @@ void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, int6
   constexpr int NV = Shape::vectors, MR = tile_rows(NV), count = Terms<T>::count;
   const bool packed = packs(a);
   constexpr int64_t line = kLineNumbers<T>, lines = Shape::width * count / line;
-  const bool far = (columns.end - columns.begin) * panel_stride * static_cast<int64_t>(sizeof(T)) >= kBytesFar;
+  const bool far = (columns.end - columns.begin) * panel_stride * static_cast<int64_t>(sizeof(T)) >= kGemmBytesFar;
   const int64_t steps = (k_size + count - 1) / count;
   const int64_t a_row = packed ? count : a.row, a_step = packed ? MR * count : count;
   for (int64_t i0 = rows.begin; i0 < rows.end; i0 += kGemmRows) {

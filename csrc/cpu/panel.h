@@ -121,13 +121,14 @@ void pack_straight(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j,
   }
 }
 
-// sums[m][nb][NV*V] (+)= a[m][0..k) . panel nb, for MR rows and NB panels side by side: one chain. NB > 1 gives a
-// single row enough independent sums to hide the latency of the fused multiply-add. The numbers of step s of row m are
-// at a[m * a_row + s * a_step], those of the panel at panel + s * panel_step; both have whole steps.
+// sums[m][nb][NV*V] = before, or nothing where that is null, + a[m][0..k) . panel nb, for MR rows and NB panels side by
+// side: one chain. NB > 1 gives a single row enough independent sums to hide the latency of the fused multiply-add. The
+// numbers of step s of row m are at a[m * a_row + s * a_step], those of the panel at panel + s * panel_step; both have
+// whole steps.
 template <int MR, int NV, int NB, class T, bool fetches = false>
 FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step, const T* panel,
-                         int64_t panel_step, int64_t panel_stride, int64_t k_size, Compute<T>* sums, int64_t ld_sums,
-                         bool accumulate, const T* ahead = nullptr) {
+                         int64_t panel_step, int64_t panel_stride, int64_t k_size, const Compute<T>* before,
+                         int64_t ld_before, Compute<T>* sums, int64_t ld_sums, const T* ahead = nullptr) {
   using V = Vec<Compute<T>>;
   using Step = Terms<T>;
   V c[MR][NB * NV];
@@ -176,8 +177,8 @@ FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 16
     for (int i = 0; i < NB * NV; ++i) {
-      Compute<T>* to = sums + m * ld_sums + i * V::size;
-      (accumulate ? V::load(to) + c[m][i] : c[m][i]).store(to);
+      const V sum = before ? V::load(before + m * ld_before + i * V::size) + c[m][i] : c[m][i];
+      sum.store(sums + m * ld_sums + i * V::size);
     }
   }
 }
@@ -189,12 +190,12 @@ struct KPiece {
 
 template <int MR, int NV, class T>
 FASTSEQ_INLINE void tile_remainder(int64_t rows, const typename Terms<T>::Left* a, int64_t lda, const T* panel,
-                                   int64_t panel_step, int64_t k_size, Compute<T>* sums, int64_t ld_sums,
-                                   bool accumulate) {
+                                   int64_t panel_step, int64_t k_size, const Compute<T>* before, Compute<T>* sums,
+                                   int64_t ld_sums) {
   if constexpr (MR > 0) {
     if (rows == MR)
-      return tile<MR, NV, 1, T>(a, lda, Terms<T>::count, panel, panel_step, 0, k_size, sums, ld_sums, accumulate);
-    tile_remainder<MR - 1, NV, T>(rows, a, lda, panel, panel_step, k_size, sums, ld_sums, accumulate);
+      return tile<MR, NV, 1, T>(a, lda, Terms<T>::count, panel, panel_step, 0, k_size, before, ld_sums, sums, ld_sums);
+    tile_remainder<MR - 1, NV, T>(rows, a, lda, panel, panel_step, k_size, before, sums, ld_sums);
   }
 }
 
@@ -238,7 +239,7 @@ void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, 
   static_assert(kChain % count == 0, "a chain has whole steps");
   constexpr bool copies = count > 1;  // rows may be odd, and Left may be another type
   alignas(64) Left memory[copies ? (NB > 1 ? 1 : kRowBlock) * kChain : 1];
-  bool accumulate = false;
+  const Compute<T>* before = nullptr;  // the first chain's sums overwrite
   for (int p = 0; p < pieces_n; ++p) {
     for (int64_t k0 = 0; k0 < pieces[p].size; k0 += kChain) {
       const int64_t k_size = pieces[p].size - k0 < kChain ? pieces[p].size - k0 : kChain;
@@ -254,7 +255,8 @@ void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, 
         columns = from, ld = lda;
       }
       if constexpr (NB > 1) {
-        tile<1, NV, NB, T>(columns, ld, count, panel, panel_step, panel_stride, k_size, sums, NB * width, accumulate);
+        tile<1, NV, NB, T>(
+            columns, ld, count, panel, panel_step, panel_stride, k_size, before, NB * width, sums, NB * width);
       } else {
         int64_t r = 0;
         if (next) {
@@ -263,18 +265,19 @@ void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, 
           // A line at each step: so many rows ask for all of a chain.
           constexpr int64_t line = kLineNumbers<T>, lines = width * count / line;
           for (; r + MR <= rows && r < lines * MR; r += MR)
-            tile<MR, NV, 1, T, true>(columns + r * ld, ld, count, panel, panel_step, 0, k_size, sums + r * width, width,
-                                     accumulate, ahead + r / MR * (kChain / count) * line);
+            tile<MR, NV, 1, T, true>(
+                columns + r * ld, ld, count, panel, panel_step, 0, k_size, before ? before + r * width : nullptr, width,
+                sums + r * width, width, ahead + r / MR * (kChain / count) * line);
         }
         for (; r + MR <= rows; r += MR)
-          tile<MR, NV, 1, T>(
-              columns + r * ld, ld, count, panel, panel_step, 0, k_size, sums + r * width, width, accumulate);
-        tile_remainder<MR - 1, NV, T>(
-            rows - r, columns + r * ld, ld, panel, panel_step, k_size, sums + r * width, width, accumulate);
+          tile<MR, NV, 1, T>(columns + r * ld, ld, count, panel, panel_step, 0, k_size,
+                             before ? before + r * width : nullptr, width, sums + r * width, width);
+        tile_remainder<MR - 1, NV, T>(rows - r, columns + r * ld, ld, panel, panel_step, k_size,
+                                      before ? before + r * width : nullptr, sums + r * width, width);
       }
-      accumulate = true;
+      before = sums;
       panel += k_size / count * panel_step;
     }
   }
-  if (!accumulate) memset(sums, 0, rows * NB * width * sizeof(Compute<T>));  // an empty sum
+  if (!before) memset(sums, 0, rows * NB * width * sizeof(Compute<T>));  // an empty sum
 }
