@@ -5,7 +5,10 @@
 // do not depend on m, n or the threads.
 #pragma once
 
-constexpr int64_t kGemmK = 1024;           // depth of a block: a panel of it stays in cache while rows go by
+constexpr int64_t kGemmK = 1024;  // depth of a block: a panel of it stays in cache while rows go by
+// The same where C has at most so many numbers, and going over it more often costs little: half of the memory.
+constexpr int64_t kGemmKSmall = 512;
+constexpr int64_t kGemmNumbersSmall = 1 << 19;
 constexpr int64_t kGemmRows = 96;          // rows of A that a thread takes against all panels; a multiple of every tile
 constexpr int64_t kRowsInPlace = 8;        // for so few rows of A, B is not packed; at most kRowBlock
 constexpr int64_t kGemmPart = 64;          // rows or columns that a thread has at least
@@ -35,9 +38,9 @@ struct GemmPanels {
   using Shape = PanelShape<T, 1>;
   int64_t panels, blocks, depth, panel_stride, block_numbers;
 
-  GemmPanels(int64_t n, int64_t k) {
+  GemmPanels(int64_t n, int64_t k, int64_t most = kGemmK) {
     panels = Shape::blocks(n);
-    blocks = (k + kGemmK - 1) / kGemmK;
+    blocks = (k + most - 1) / most;
     depth = blocks <= 1 ? k : ((k + blocks - 1) / blocks + kChain - 1) / kChain * kChain;  // whole chains
     panel_stride = Shape::panel_numbers(depth);
     block_numbers = panels * panel_stride;
@@ -297,7 +300,7 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
   if constexpr (Terms<T>::count == 1)  // rows of pairs lie nowhere
     if (m <= kRowsInPlace && a.column == 1 && b.column == 1)
       return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
-  const GemmPanels<T> layout(n, k);
+  const GemmPanels<T> layout(n, k, packed_b || m * n > kGemmNumbersSmall ? kGemmK : kGemmKSmall);
   const int64_t depth = layout.depth, panels = layout.panels;
   const int64_t buffers = depth < k ? 2 : 1;
   const int64_t a_numbers = packs(a) ? kGemmRows * (depth + depth % Terms<T>::count) : 0;
