@@ -128,7 +128,7 @@ def test_on_several_threads(case, threads):
 @pytest.mark.parametrize(("cell", "H"), [("rnn_tanh", 1300), ("lstm", 640), ("gru", 740)])
 @pytest.mark.usefixtures("one_thread")
 def test_weights_that_come_from_far_away(cell, H):
-    """More of them than `kBytesFar` in a step and `kGemmBytesFar` in the input projection, for several tiles of rows and a rest."""
+    """More than `kBytesFar` in a step and `kGemmBytesFar` in the projection, for several tiles of rows and a rest."""
     passed(testing.check_reference(fresh(Case(cell, T=9, B=31, I=H, H=H, dtype=torch.float32))))
 
 
