@@ -74,14 +74,12 @@ FASTSEQ_INLINE void dot_tile(const T* a, int64_t lda, const T* w, int64_t ldw, i
   }
 }
 
-// sums[rows][Gates][units] = a . the rows of w that belong to block j, w (Gates*n, K) with ld numbers between rows;
-// what is past n is left as it is.
+// sums[rows][Gates][units] = a . the rows of w that belong to units [first, first + valid), w (Gates*n, K) with ld
+// numbers between rows; what is past them is left as it is.
 template <int Gates, class T>
-void direct_product(const T* a, int64_t lda, int64_t rows, const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j,
-                    Compute<T>* sums) {
+void direct_product(const T* a, int64_t lda, int64_t rows, const T* w, int64_t ld, int64_t n, int64_t k_size,
+                    int64_t first, int64_t valid, Compute<T>* sums) {
   using Shape = PanelShape<T, Gates>;
-  const int64_t first = j * Shape::units;
-  const int64_t valid = n - first < Shape::units ? n - first : Shape::units;
   for (int64_t g = 0; g < Gates; ++g) {
     for (int64_t u = 0; u < valid; u += kDotColumns<T>) {
       const T* from = w + (g * n + first + u) * ld;

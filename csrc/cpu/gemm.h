@@ -261,12 +261,11 @@ void gemm_few_rows(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>
   if (weights.panels()) weights.pack(0);
   const KPiece all[1] = {{0, k}};
   parallel(m * n * k >= kGemmToShare ? threads : 1, [&](int member, int team) {
-    weights.for_each_block(a.data, a.row, m, all, 1, part(weights.blocks(), member, team), false,
-                           [&](int64_t block, const T* sums, int64_t ld_sums) {
+    weights.for_each_block(a.data, a.row, m, all, 1, weights.part_of({member, team}, m), false,
+                           [&](int64_t first, int vectors, const T* sums, int64_t ld_sums) {
                              for (int64_t i = 0; i < m; ++i)
-                               for (int u = 0; u < Shape::unit_vectors; ++u) {
-                                 const int64_t j = block * Shape::units + u * V::size, valid = n - j;
-                                 if (valid <= 0) break;
+                               for (int u = 0; u < vectors; ++u) {
+                                 const int64_t j = (first + u) * V::size, valid = n - j;
                                  T* to = c + i * ldc + j;
                                  const V sum = V::load(sums + i * ld_sums + u * V::size);
                                  (accumulate ? V::load(to, valid) + sum : sum).store(to, valid);

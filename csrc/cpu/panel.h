@@ -8,8 +8,6 @@
 
 constexpr int64_t kChain = 128;
 constexpr int64_t kRowBlock = 64;  // rows that share one pass over a panel; bounds the scratch
-// Rows of a step that are worth a copy without gaps for all panels, where a panel product would not copy them anyway.
-constexpr int64_t kRowsToGather = 32;
 
 // Register tiles: rows MR by NV vectors, MR*NV accumulators plus the operands within the register file.
 #if FASTSEQ_VECTOR_BYTES == 64 || defined(__aarch64__)  // 32 registers
@@ -213,8 +211,8 @@ constexpr int64_t whole_steps(int64_t k) {
   return (k + Terms<T>::count - 1) / Terms<T>::count * Terms<T>::count;
 }
 
-// The chains of a's columns, one after another, each [rows][whole steps]: for many panels to read them without gaps, as
-// rows a power of two apart share a few sets of the cache.
+// The chains of a's columns, one after another, each [rows][whole steps]: for many panels to read what each
+// would have to copy.
 template <class T>
 void gather_rows(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
                  typename Terms<T>::Left* to) {

@@ -46,7 +46,6 @@ class BackwardDirection {
  public:
   using A = Compute<T>;
   using V = Vec<A>;
-  using Shape = PanelShape<T, 1>;
 
   void prepare(const RnnBackward<T>& p, int direction, int64_t chunk_steps) {
     p_ = &p;
@@ -87,19 +86,24 @@ class BackwardDirection {
     for (const GateRun& run : Cell::hidden_runs) runs_[k++] = {run.plane * H_, run.count * H_};
   }
 
-  Work work() const { return {GH_ * hout_, hidden_.blocks(), !packed_}; }
+  Work work() const { return {GH_ * hout_, hidden_.parts(p_->schedule.batch), !packed_, kWeightsToStreamBackward}; }
   int64_t panels() const { return hidden_.panels() + projection_.panels(); }
   void pack(int64_t i) { i < hidden_.panels() ? hidden_.pack(i) : projection_.pack(i - hidden_.panels()); }
 
   void begin_chunk(int64_t s0, int64_t s1) { rows_ = walk_.packed_rows(s0, s1); }
 
   void run(int64_t s0, int64_t s1, Range mine, Share share, Barrier& barrier) {
-    Range units = share.of(Shape::blocks(H_)), outputs = share.of(hidden_.blocks());
+    Range units, outputs;
+    const auto take = [&] {
+      const int64_t rows = mine.end - mine.begin;
+      outputs = hidden_.part_of(share, rows), units = p_->proj_size ? projection_.part_of(share, rows) : outputs;
+    };
+    take();
     const auto meet = [&] {  // as in ForwardDirection::run
       if (!barrier.wait(share)) return true;
       if (share.member != 0) return false;
       share = {0, 1};
-      units = share.of(Shape::blocks(H_)), outputs = share.of(hidden_.blocks());
+      take();
       return true;
     };
     for (int64_t s = s1 - 1; s >= s0; --s) {
@@ -156,9 +160,9 @@ class BackwardDirection {
   const T* initial_c() const { return p_->c0 ? p_->c0 + d_ * p_->schedule.batch * H_ : nullptr; }
 
   // dh of the projected output, kept for dW_hr.
-  void add_output_gradient(int64_t t, Range rows, Range blocks) {
+  void add_output_gradient(int64_t t, Range rows, Range outputs) {
     const int64_t n0 = p_->schedule.offset(t);
-    const int64_t j0 = blocks.begin * Shape::units, j1 = blocks.end * Shape::units;
+    const int64_t j0 = outputs.begin * V::size, j1 = outputs.end * V::size;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       A* carry = carry_ + r * hout_;
       T* to = d_projected_.get() + (n0 + r - rows_.begin) * hout_;
@@ -191,7 +195,7 @@ class BackwardDirection {
       for_each_emitted_gradient(n0, piece.rows, units, pointwise);
       return;
     }
-    const int64_t j0 = units.begin * Shape::units, j1 = units.end * Shape::units;
+    const int64_t j0 = units.begin * V::size, j1 = units.end * V::size;
     for (int64_t r = piece.rows.begin; r < piece.rows.end; ++r) {
       const T* d_output = p_->d_output ? p_->d_output + (n0 + r) * ldo_ + d_ * hout_ : zeros_.get();
       for (int64_t j = j0; j < (j1 < H_ ? j1 : H_); j += V::size) {
@@ -208,15 +212,12 @@ class BackwardDirection {
     const KPiece k[1] = {{0, hout_}};
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      projection_.for_each_block(
-          dh + r0 * hout_, hout_, count, k, 1, units, false, [&](int64_t block, const A* sums, int64_t ld_sums) {
-            for (int64_t i = 0; i < count; ++i)
-              for (int u = 0; u < Shape::unit_vectors; ++u) {
-                const int64_t j = block * Shape::units + u * V::size;
-                if (j >= H_) break;
-                use(r0 + i, j, V::load(sums + i * ld_sums + u * V::size));
-              }
-          });
+      projection_.for_each_block(dh + r0 * hout_, hout_, count, k, 1, units, false,
+                                 [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
+                                   for (int64_t i = 0; i < count; ++i)
+                                     for (int u = 0; u < vectors; ++u)
+                                       use(r0 + i, (first + u) * V::size, V::load(sums + i * ld_sums + u * V::size));
+                                 });
     }
   }
 
@@ -245,16 +246,15 @@ class BackwardDirection {
     if (!p_->proj_size) direct.store(carry_ + r * hout_ + j, valid);
   }
 
-  void carry_back(int64_t t, Range rows, Range blocks) {
+  void carry_back(int64_t t, Range rows, Range outputs) {
     const T* dg = dg_row(p_->schedule.offset(t));
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      hidden_.for_each_block(dg + r0 * ldg_, ldg_, count, runs_, Cell::runs, blocks, t % 2 == 1,
-                             [&](int64_t block, const A* sums, int64_t ld_sums) {
+      hidden_.for_each_block(dg + r0 * ldg_, ldg_, count, runs_, Cell::runs, outputs, t % 2 == 1,
+                             [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
                                for (int64_t i = 0; i < count; ++i)
-                                 for (int u = 0; u < Shape::unit_vectors; ++u) {
-                                   const int64_t j = block * Shape::units + u * V::size, valid = hout_ - j;
-                                   if (valid <= 0) break;
+                                 for (int u = 0; u < vectors; ++u) {
+                                   const int64_t j = (first + u) * V::size, valid = hout_ - j;
                                    A* carry = carry_ + (r0 + i) * hout_ + j;
                                    const V sum = V::load(sums + i * ld_sums + u * V::size);
                                    (V::load(carry, valid) + sum).store(carry, valid);

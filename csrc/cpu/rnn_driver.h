@@ -10,6 +10,7 @@ constexpr int64_t kNumbersToShare = 131072;   // numbers to add or multiply, lik
 // More weights than a core's own cache holds, and few rows to make up for reading them: each thread reads its share of
 // them at a step, rather than all of them for its rows.
 constexpr int64_t kWeightsToStream = 1 << 18;
+constexpr int64_t kWeightsToStreamBackward = 1 << 20;  // a thread then reads the others' dg, too, not only their h
 constexpr int64_t kRowsToShareUnits = 16;
 constexpr int64_t kChunkBytes = 2 << 20;          // gx computed ahead of the steps
 constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
@@ -109,20 +110,21 @@ struct Plan {
 
 // What a step is made of.
 struct Work {
-  int64_t weights;  // numbers that one row is multiplied with
-  int64_t blocks;   // of units
-  bool in_place;    // the weights are not packed: each is best read by one thread
+  int64_t weights;    // numbers that one row is multiplied with
+  int64_t parts;      // that members can share
+  bool in_place;      // the weights are not packed: each is best read by one thread
+  int64_t to_stream;  // so many weights, too, of few rows
 };
 
 inline Plan make_plan(int team, int directions, int64_t batch, const Work& work) {
   Plan plan{directions, 1, 1};
   const int share = team / directions;  // threads a direction can have
   if (share <= 1) return plan;
-  const bool streams = work.in_place || (work.weights >= kWeightsToStream && batch <= kRowsToShareUnits);
+  const bool streams = work.in_place || (work.weights >= work.to_stream && batch <= kRowsToShareUnits);
   if (batch >= share * kRowsToShareRows && !streams) {
     plan.row_groups = share;
   } else if (batch * work.weights >= kWorkToShareUnits) {
-    plan.members = static_cast<int>(share < work.blocks ? share : work.blocks);
+    plan.members = static_cast<int>(share < work.parts ? share : work.parts);
   }
   return plan;
 }

@@ -86,10 +86,10 @@ class ForwardDirection {
     gx_ld_ = in_output() ? ldo_ : in_kept() ? Cell::kept * H_ : Cell::gates * H_;
   }
 
-  // Units that threads share, in blocks, and the numbers that one row of a step multiplies.
-  int64_t blocks() const { return Hidden::blocks(H_); }
-  int64_t weights() const { return Cell::gates * H_ * (hout_ + (packed_ ? 0 : p_->input_size)); }
-  bool packed() const { return packed_; }
+  Work work() const {
+    const int64_t weights = Cell::gates * H_ * (hout_ + (packed_ ? 0 : p_->input_size));
+    return {weights, hidden_.parts(p_->schedule.batch), !packed_, kWeightsToStream};
+  }
   int64_t panels() const { return hidden_.panels() + projection_.panels(); }
   void pack(int64_t i) { i < hidden_.panels() ? hidden_.pack(i) : projection_.pack(i - hidden_.panels()); }
 
@@ -119,13 +119,14 @@ class ForwardDirection {
 
   // Steps [s0, s1) of some rows, this member's share of their units.
   void run(int64_t s0, int64_t s1, Range mine, Share share, Barrier& barrier) {
-    Range units = share.of(blocks()), outputs = share.of(projection_.blocks());
+    const int64_t rows_of_all = mine.end - mine.begin;
+    Range units = hidden_.part_of(share, rows_of_all), outputs = projection_.part_of(share, rows_of_all);
     // False for the members whom member 0 goes on without.
     const auto meet = [&] {
       if (!barrier.wait(share)) return true;
       if (share.member != 0) return false;
       share = {0, 1};
-      units = share.of(blocks()), outputs = share.of(projection_.blocks());
+      units = hidden_.part_of(share, rows_of_all), outputs = projection_.part_of(share, rows_of_all);
       return true;
     };
     if (!packed_) project_units(walk_.packed_rows(s0, s1), units);
@@ -175,16 +176,16 @@ class ForwardDirection {
     const KPiece k[1] = {{0, I}};
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      input_.for_each_block(
-          p_->x + r0 * I, I, count, k, 1, units, false, [&](int64_t block, const A* sums, int64_t ld_sums) {
-            const int64_t j = block * Hidden::units;
-            const int64_t valid = H_ - j < Hidden::units ? H_ - j : Hidden::units;
-            for (int64_t i = 0; i < count; ++i)
-              for (int g = 0; g < Cell::gates; ++g)
-                for (int64_t u = 0; u < valid; u += V::size)
-                  V::load(sums + i * ld_sums + g * Hidden::units + u)
-                      .store(gx_rows_ + (r0 + i) * gx_ld_ + g * H_ + j + u, valid - u);
-          });
+      input_.for_each_block(p_->x + r0 * I, I, count, k, 1, units, false,
+                            [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
+                              for (int64_t i = 0; i < count; ++i)
+                                for (int g = 0; g < Cell::gates; ++g)
+                                  for (int u = 0; u < vectors; ++u) {
+                                    const int64_t j = (first + u) * V::size;
+                                    V::load(sums + i * ld_sums + g * Hidden::units + u * V::size)
+                                        .store(gx_rows_ + (r0 + i) * gx_ld_ + g * H_ + j, H_ - j);
+                                  }
+                            });
     }
   }
 
@@ -196,17 +197,15 @@ class ForwardDirection {
     const KPiece k[1] = {{0, zero_state ? 0 : hout_}};
     for (int64_t r0 = piece.rows.begin; r0 < piece.rows.end; r0 += kRowBlock) {
       const int64_t rows = piece.rows.end - r0 < kRowBlock ? piece.rows.end - r0 : kRowBlock;
-      hidden_.for_each_block(
-          h_prev + r0 * ldh, ldh, rows, k, 1, units, t % 2 == 1, [&](int64_t block, const A* sums, int64_t ld_sums) {
-            for (int64_t i = 0; i < rows; ++i) {
-              const int64_t r = r0 + i;
-              for (int u = 0; u < Hidden::unit_vectors; ++u) {
-                const int64_t j = block * Hidden::units + u * V::size;
-                if (j >= H_) break;
-                update(n0 + r, r, j, sums + i * ld_sums + u * V::size, Hidden::units, h_prev + r * ldh);
-              }
-            }
-          });
+      hidden_.for_each_block(h_prev + r0 * ldh, ldh, rows, k, 1, units, t % 2 == 1,
+                             [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
+                               for (int64_t i = 0; i < rows; ++i) {
+                                 const int64_t r = r0 + i;
+                                 for (int u = 0; u < vectors; ++u)
+                                   update(n0 + r, r, (first + u) * V::size, sums + i * ld_sums + u * V::size,
+                                          Hidden::units, h_prev + r * ldh);
+                               }
+                             });
     }
   }
 
@@ -244,18 +243,17 @@ class ForwardDirection {
   }
 
   // h = W_hr m, for the rows of one step (Sak et al., 2014).
-  void project_hidden(int64_t t, Range rows, Range blocks) {
+  void project_hidden(int64_t t, Range rows, Range outputs) {
     const int64_t n0 = p_->schedule.offset(t);
     const KPiece k[1] = {{0, H_}};
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
       projection_.for_each_block(
-          emitted_row(n0 + r0, r0), H_, count, k, 1, blocks, t % 2 == 1,
-          [&](int64_t block, const A* sums, int64_t ld_sums) {
+          emitted_row(n0 + r0, r0), H_, count, k, 1, outputs, t % 2 == 1,
+          [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
             for (int64_t i = 0; i < count; ++i)
-              for (int u = 0; u < Projection::unit_vectors; ++u) {
-                const int64_t j = block * Projection::units + u * V::size;
-                if (j >= hout_) break;
+              for (int u = 0; u < vectors; ++u) {
+                const int64_t j = (first + u) * V::size;
                 V::load(sums + i * ld_sums + u * V::size).store(output_row(n0 + r0 + i) + j, hout_ - j);
               }
           });
@@ -290,13 +288,12 @@ void rnn_forward(const RnnForward<T>& p) {
         steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(Compute<T>), kChunkBytes, kChunkRows);
     for (int d = 0; d < p.directions; ++d)
       directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch, (T_ + chunk - 1) / chunk);
-    const Work work{directions[0].weights(), directions[0].blocks(), !directions[0].packed()};
     for (int64_t s0 = 0; s0 < T_; s0 += chunk) {
       const int64_t s1 = s0 + chunk < T_ ? s0 + chunk : T_;
       for (int d = 0; d < p.directions; ++d) directions[d].project_input(s0, s1);
-      run_plan(p.threads, p.schedule, p.directions, work, [&](int d, Range rows, Share share, Barrier& barrier) {
-        directions[d].run(s0, s1, rows, share, barrier);
-      });
+      run_plan(
+          p.threads, p.schedule, p.directions, directions[0].work(),
+          [&](int d, Range rows, Share share, Barrier& barrier) { directions[d].run(s0, s1, rows, share, barrier); });
     }
   }
   for (int d = 0; d < p.directions; ++d) directions[d].finish();

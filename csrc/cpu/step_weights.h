@@ -3,6 +3,8 @@
 
 // Weights of so many bytes come from so far away every step that they are asked for ahead of their use.
 constexpr int64_t kBytesFar = 6 << 20;
+// Fewer rows than these need all vectors of a panel side by side to be busy while a sum waits for itself.
+constexpr int64_t kRowsToSplitPanels = 4;
 
 // W^T in place: direct.h. W (K, n) in place: a full block of columns is a panel with another stride; the last block,
 // when it is not full, is packed all the same, since a load would leave the matrix, and so is every block where a panel
@@ -38,20 +40,35 @@ class StepWeights {
     }
   }
 
-  // For every block of units in [block0, block1): rows of a (<= kRowBlock) times its weights, handed to
-  // use(block, rows' sums, numbers between two rows' sums). The pieces of a's columns follow one another in K. What
-  // comes again every step is best read to and fro: a cache that does not hold all of it holds the end of the last
-  // step.
+  // What threads share: vectors of units, as many of them together as `grain` says.
+  int64_t vectors() const { return (n_ + Shape::V::size - 1) / Shape::V::size; }
+  static int64_t grain(int64_t rows) { return rows >= kRowsToSplitPanels ? 1 : Shape::unit_vectors; }
+  int64_t parts(int64_t rows) const { return (vectors() + grain(rows) - 1) / grain(rows); }
+  // A member's vectors.
+  Range part_of(Share share, int64_t rows) const {
+    const Range parts_of = share.of(parts(rows));
+    const int64_t end = parts_of.end * grain(rows);
+    return {parts_of.begin * grain(rows), end < vectors() ? end : vectors()};
+  }
+
+  // For all vectors of units in [mine.begin, mine.end): rows of a (<= kRowBlock) times their weights, a panel or a part
+  // of one at a time, handed to use(first vector, vectors, rows' sums, numbers between two rows' sums); the gates of a
+  // unit lie Shape::units apart. The pieces of a's columns follow one another in K. What comes again every step is best
+  // read to and fro: a cache that does not hold all of it holds the end of the last step.
   template <class Use>
   FASTSEQ_INLINE void for_each_block(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
-                                     Range blocks, bool backwards, const Use& use) const {
-    constexpr int NV = Shape::vectors;
+                                     Range mine, bool backwards, const Use& use) const {
+    constexpr int NV = Shape::vectors, UV = Shape::unit_vectors;
     constexpr int NB = 8 / NV;  // panels side by side for a single row
     alignas(64) Compute<T> sums[kRowBlock * Shape::width];
+    if (mine.end <= mine.begin) return;
+    const Range blocks{mine.begin / UV, (mine.end + UV - 1) / UV};
     const int64_t all = blocks.end - blocks.begin;
-    // Groups of panels that lie alike, and then the others.
+    // Groups of whole panels that lie alike, and then the others.
+    const bool all_whole = mine.begin % UV == 0 && (mine.end % UV == 0 || mine.end == vectors());
     const int64_t alike =
-        blocks.begin >= first_packed_                 ? all
+        !all_whole                                    ? 0
+        : blocks.begin >= first_packed_               ? all
         : !kTransposed && first_packed_ <= blocks.end ? first_packed_ - blocks.begin
         : !kTransposed                                ? all
                                                       : 0;
@@ -59,7 +76,7 @@ class StepWeights {
     Workspace<typename Terms<T>::Left> memory;
     typename Terms<T>::Left* gathered = nullptr;
     const bool direct = kTransposed && blocks.end <= first_packed_;
-    if (rows >= (Terms<T>::count > 1 ? 2 : kRowsToGather) && all > 0 && !direct) {
+    if (Terms<T>::count > 1 && rows > 1 && !direct) {
       int64_t k = 0;
       for (int p = 0; p < pieces_n; ++p) k += whole_steps<T>(pieces[p].size);
       gathered = memory.allocate(rows * k);
@@ -72,28 +89,32 @@ class StepWeights {
         const int64_t j = blocks.begin + i * NB;
         const Panel panel = panel_of(j);
         panel_product<NV, NB, NV>(a, lda, 1, pieces, pieces_n, panel.data, panel.step, panel.block, sums);
-        for (int b = 0; b < NB; ++b) use(j + b, sums + b * Shape::width, NB * Shape::width);
+        for (int b = 0; b < NB; ++b) use((j + b) * UV, UV, sums + b * Shape::width, NB * Shape::width);
         continue;
       }
       const int64_t j = blocks.begin + groups * NB + i - groups;
+      const int64_t begin = j * UV > mine.begin ? j * UV : mine.begin;
+      const int64_t count = ((j + 1) * UV < mine.end ? (j + 1) * UV : mine.end) - begin;
       if (kTransposed && j < first_packed_) {
-        direct_product<Gates>(a + pieces[0].column, lda, rows, w_, ld_, n_, pieces[0].size, j, sums);
+        const int64_t unit = begin * Shape::V::size, left = n_ - unit, most = count * Shape::V::size;
+        direct_product<Gates>(
+            a + pieces[0].column, lda, rows, w_, ld_, n_, pieces[0].size, unit, left < most ? left : most, sums);
       } else {
         const Panel panel = panel_of(j);
+        const T* const data = panel.data + (begin - j * UV) * Shape::V::size * Terms<T>::count;
         const bool more = far && n + 1 < pieces_of_work && panel.step == Shape::step;
         const T* const next = more ? panel.data + (backwards ? -panel.block : panel.block) : nullptr;
         const auto product = [&](auto part) __attribute__((always_inline)) {
           constexpr int vectors = decltype(part)::value;
-          panel_product<vectors, 1, NV>(
-              a, lda, rows, pieces, pieces_n, panel.data, panel.step, 0, sums, gathered, next);
+          panel_product<vectors, 1, NV>(a, lda, rows, pieces, pieces_n, data, panel.step, 0, sums, gathered, next);
         };
         if constexpr (Gates == 1) {
-          for_vectors_of<NV, typename Shape::V>(n_ - j * Shape::units, product);
+          for_vectors_of<NV, typename Shape::V>(count * Shape::V::size, product);
         } else {
           product(Part<NV>{});
         }
       }
-      use(j, sums, Shape::width);
+      use(begin, static_cast<int>(count), sums, Shape::width);
     }
   }
 

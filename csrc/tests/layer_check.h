@@ -20,11 +20,12 @@ const Shape kShapes[] = {
     {8, 1, 2, 33, 3, 1, false, false, true},
     {8, 70, 2, 3, 0, 1, true, true, false},
     {20, 3, 3, 1, 1, 2, true, false, true},
-    {9, 3, 7, 129, 0, 1, false, true, false},  // units shared by the threads
+    {9, 5, 7, 129, 0, 1, false, true, false},  // units shared by the threads, parts of a panel too
     {3, 1, 1, 33, 5, 2, false, true, true},    // products of one row
     {1, 1, 1, 1, 0, 1, false, false, false},
     {2, 1, 5, 364, 150, 1, false, true, true},  // products of one row that threads share
     {1, 3, 2, 64, 17, 2, false, true, true},
+    {9, 3, 7, 129, 0, 1, false, true, false},  // units shared in whole panels
     {2, 70, 7, 7, 0, 2, true, false, false},
     {2, 1, 64, 3, 0, 1, false, true, true},
     {7, 7, 33, 17, 33, 1, true, true, true},  // P > H
