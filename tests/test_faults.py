@@ -53,14 +53,18 @@ FAULTS = {
     ),
     "backward: dW_hh takes h of the same step": (BACKWARD, "walk_.reverse ? begin + B : begin - B", "begin"),
     "backward: every chunk overwrites the one before": (BACKWARD, "!first, out, I);", "false, out, I);"),
-    "gemm: a later block of K overwrites the first": (GEMM, "accumulate || k0 > 0,", "accumulate,"),
+    "gemm: a later block of K overwrites the first": (GEMM, "accumulate_ || k.begin > 0,", "accumulate_,"),
     "gemm: shorter blocks move their panels together": (
         GEMM,
-        "to + j * layout.panel_stride",
-        "to + j * Shape::panel_numbers(k_size)",
+        "to + j * layout_.panel_stride + from",
+        "to + j * Shape::panel_numbers(k.size) + from",
     ),
     "packed beforehand: W_ih is looked for where W_hh is": (FORWARD, "ready ? ready + at.w_ih : nullptr", "ready"),
-    "gemm: nobody waits for the others' panels": (GEMM, "if (share_rows) barrier.wait(share);", ""),
+    "gemm: nobody waits for the others' panels": (
+        GEMM,
+        "wait_until([&] { return progress.packed() == pieces; });",
+        "",
+    ),
     "bfloat16: the second number of a pair is the first": (
         PANEL,
         "pairs_at(from + u, from + ld + u, V::size, V::size)",
@@ -139,6 +143,13 @@ VARIANTS = {
         (PARALLEL, "pause = 8 * nanoseconds", "pause = 0 * nanoseconds"),
     ),
     "weights always come from far away": (("csrc/cpu/step_weights.h", "kBytesFar = 6 << 20", "kBytesFar = 0"),),
+    "tiles of a product are all taken from the back": (
+        (PARALLEL, "own = all[share.member].take_first(most, least);", "own{0, 0};"),
+    ),
+    "rows are shared anew after every step": (
+        (DRIVER, "kWorkToMeasure = 1 << 26;", "kWorkToMeasure = 1;"),
+        (DRIVER, "kWorthwhile = 24;", "kWorthwhile = int64_t(1) << 60;"),
+    ),
     "members of a team share places at their barrier": ((PARALLEL, "kPlaces = 16", "kPlaces = 2"),),
     "vectors as wide as those of AVX-512, on any processor": (
         (

@@ -167,3 +167,18 @@ def test_more_threads_than_cores():
     for case in CASES:
         for name, tensor in everything(case.problem()).items():
             assert tensor.isfinite().all(), name
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "gru", "lstm"])
+def test_the_same_bits_while_others_keep_a_processor(cell):
+    """Threads that get on faster take more of the rows, of products and of steps; it is nothing but time."""
+    case = Case(cell, T=40, B=64, I=200, H=128, dtype=torch.float32)
+    problem = case.problem()
+    expected = everything(problem)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            for _ in range(20):
+                for name, tensor in everything(problem).items():
+                    assert torch.equal(tensor, expected[name]), name
+        finally:
+            other.kill()

@@ -13,6 +13,9 @@ constexpr int64_t kGemmRows = 96;          // rows of A that a thread takes agai
 constexpr int64_t kRowsInPlace = 8;        // for so few rows of A, B is not packed; at most kRowBlock
 constexpr int64_t kGemmPart = 64;          // rows or columns that a thread has at least
 constexpr int64_t kGemmToShare = 1 << 18;  // multiplications worth starting a team for
+// What a thread takes of the rows at a time, at least: tiles that make up for reading all panels, and multiplications.
+constexpr int64_t kGemmTilesToTake = 4;
+constexpr int64_t kGemmToTake = 1 << 20;
 // Panels of so many bytes in a block are asked for ahead of their use: a core's own cache does not hold them.
 constexpr int64_t kGemmBytesFar = 1 << 20;
 
@@ -205,9 +208,14 @@ FASTSEQ_INLINE void gemm_tile_remainder(int64_t rows, const typename Terms<T>::L
   }
 }
 
-// Some rows of C against some panels of one block of K; the next one has k_next.
+// A block of K, or what there is of it.
+struct Depth {
+  int64_t begin, size;
+};
+
+// At most kGemmRows rows of C against some panels of one block of K. Rows `next` of block k_next of A come after them.
 template <class T>
-void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, int64_t k_next, const T* panels,
+void gemm_block(const Matrix<T>& a, Range rows, Depth k, Range next, Depth k_next, const T* panels,
                 int64_t panel_stride, Range columns, int64_t n, typename Terms<T>::Left* a_memory, bool accumulate,
                 Compute<T>* c, int64_t ldc) {
   using Shape = PanelShape<T, 1>;
@@ -215,38 +223,35 @@ void gemm_block(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, int6
   const bool packed = packs(a);
   constexpr int64_t line = kLineNumbers<T>, lines = Shape::width * count / line;
   const bool far = (columns.end - columns.begin) * panel_stride * static_cast<int64_t>(sizeof(T)) >= kGemmBytesFar;
-  const int64_t steps = (k_size + count - 1) / count;
+  const int64_t steps = (k.size + count - 1) / count;
   const int64_t a_row = packed ? count : a.row, a_step = packed ? MR * count : count;
-  for (int64_t i0 = rows.begin; i0 < rows.end; i0 += kGemmRows) {
-    const int64_t here = rows.end - i0 < kGemmRows ? rows.end - i0 : kGemmRows;
-    if (packed) pack_a<MR>(a, i0, here, k0, k_size, a_memory);
-    const int64_t calls = (columns.end - columns.begin) * ((here + MR - 1) / MR) * ((k_size + kChain - 1) / kChain);
-    RowsAhead<T> rows_ahead = i0 + kGemmRows < rows.end ? RowsAhead<T>(a, {i0 + kGemmRows, rows.end}, k0, k_size, calls)
-                                                        : RowsAhead<T>(a, rows, k0 + k_size, k_next, calls);
-    for (int64_t j = columns.begin; j < columns.end; ++j) {
-      const T* panel = panels + j * panel_stride;
-      Compute<T>* to = c + i0 * ldc + j * Shape::width;
-      const int64_t valid = n - j * Shape::width;
-      for_vectors_of<NV, Vec<Compute<T>>>(valid, [&](auto part) __attribute__((always_inline)) {
-        constexpr int vectors = decltype(part)::value;
-        for (int64_t i = 0; i < here; i += MR) {
-          const typename Terms<T>::Left* from = a_memory + i * steps * count;
-          if constexpr (count == 1) {
-            if (!packed) from = a.data + (i0 + i) * a.row + k0;
-          }
-          if (far && i / MR < lines && here - i >= MR && j + 1 < columns.end) {
-            gemm_tile<MR, vectors, NV, T, true>(from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid,
-                                                accumulate, rows_ahead, panel + panel_stride + i / MR * steps * line);
-          } else if (here - i >= MR) {
-            gemm_tile<MR, vectors, NV, T>(
-                from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate, rows_ahead);
-          } else {
-            gemm_tile_remainder<MR - 1, vectors, NV, T>(
-                here - i, from, a_row, a_step, panel, k_size, to + i * ldc, ldc, valid, accumulate, rows_ahead);
-          }
+  const int64_t i0 = rows.begin, here = rows.end - i0;
+  if (packed) pack_a<MR>(a, i0, here, k.begin, k.size, a_memory);
+  const int64_t calls = (columns.end - columns.begin) * ((here + MR - 1) / MR) * ((k.size + kChain - 1) / kChain);
+  RowsAhead<T> rows_ahead(a, next, k_next.begin, k_next.size, calls);
+  for (int64_t j = columns.begin; j < columns.end; ++j) {
+    const T* panel = panels + j * panel_stride;
+    Compute<T>* to = c + i0 * ldc + j * Shape::width;
+    const int64_t valid = n - j * Shape::width;
+    for_vectors_of<NV, Vec<Compute<T>>>(valid, [&](auto part) __attribute__((always_inline)) {
+      constexpr int vectors = decltype(part)::value;
+      for (int64_t i = 0; i < here; i += MR) {
+        const typename Terms<T>::Left* from = a_memory + i * steps * count;
+        if constexpr (count == 1) {
+          if (!packed) from = a.data + (i0 + i) * a.row + k.begin;
         }
-      });
-    }
+        if (far && i / MR < lines && here - i >= MR && j + 1 < columns.end) {
+          gemm_tile<MR, vectors, NV, T, true>(from, a_row, a_step, panel, k.size, to + i * ldc, ldc, valid, accumulate,
+                                              rows_ahead, panel + panel_stride + i / MR * steps * line);
+        } else if (here - i >= MR) {
+          gemm_tile<MR, vectors, NV, T>(
+              from, a_row, a_step, panel, k.size, to + i * ldc, ldc, valid, accumulate, rows_ahead);
+        } else {
+          gemm_tile_remainder<MR - 1, vectors, NV, T>(
+              here - i, from, a_row, a_step, panel, k.size, to + i * ldc, ldc, valid, accumulate, rows_ahead);
+        }
+      }
+    });
   }
 }
 
@@ -285,11 +290,160 @@ void gemm_pack(int threads, int64_t n, int64_t k, const Matrix<T>& b, T* to) {
   });
 }
 
+// How far a team is with a block of K.
+class alignas(64) GemmProgress {
+ public:
+  int64_t take_packing() { return __atomic_fetch_add(&packing_, 1, __ATOMIC_RELAXED); }
+  void add_packed() { __atomic_fetch_add(&packed_, 1, __ATOMIC_RELEASE); }
+  int64_t packed() const { return __atomic_load_n(&packed_, __ATOMIC_ACQUIRE); }
+  void add_multiplied(int64_t tiles) { __atomic_fetch_add(&multiplied_, tiles, __ATOMIC_RELEASE); }
+  int64_t multiplied() const { return __atomic_load_n(&multiplied_, __ATOMIC_ACQUIRE); }
+
+ private:
+  int64_t packing_ = 0, packed_ = 0, multiplied_ = 0;
+};
+
+// One product of a team: C (m, n) (+)= A B, as gemm() has it.
+template <class T>
+class Gemm {
+ public:
+  using Shape = PanelShape<T, 1>;
+
+  Gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, bool accumulate, Compute<T>* c,
+       int64_t ldc, const T* packed_b)
+      : m_(m),
+        n_(n),
+        k_(k),
+        a_(a),
+        b_(b),
+        accumulate_(accumulate),
+        c_(c),
+        ldc_(ldc),
+        packed_b_(packed_b),
+        layout_(n, k, packed_b || m * n > kGemmNumbersSmall ? kGemmK : kGemmKSmall),
+        tiles_((m + kTileRows - 1) / kTileRows) {}
+
+  // The longer side is shared.
+  void run(int threads) {
+    const int64_t parts = (m_ > n_ ? m_ : n_) / kGemmPart;  // every thread has work
+    team_ = m_ * n_ * k_ < kGemmToShare || parts < 1 ? 1 : parts < threads ? static_cast<int>(parts) : threads;
+    a_numbers_ = packs(a_) ? kGemmRows * (layout_.depth + layout_.depth % Terms<T>::count) : 0;
+    a_memory_.allocate(team_ * a_numbers_);
+    if (tiles_ < layout_.panels && tiles_ < 8 * team_) {
+      share_panels();
+    } else {
+      share_rows();
+    }
+  }
+
+ private:
+  static constexpr int kTileRows = tile_rows(Shape::vectors);
+  static constexpr int64_t kMost = kGemmRows / kTileRows;  // tiles that are multiplied at a time
+
+  Depth depth_from(int64_t k0) const { return {k0, k_ - k0 < layout_.depth ? (k0 < k_ ? k_ - k0 : 0) : layout_.depth}; }
+  Range rows_of(Range tiles) const {
+    return {tiles.begin * kTileRows, tiles.end * kTileRows < m_ ? tiles.end * kTileRows : m_};
+  }
+  static Range first_of(Range tiles) {
+    return {tiles.begin, tiles.end - tiles.begin < kMost ? tiles.end : tiles.begin + kMost};
+  }
+  // Some tiles in a block of K. After them come the first ones of `left` or, when nothing is left, those of `mine` in
+  // the next block.
+  void multiply(int member, Range tiles, Depth k, Range left, Range mine, Range panels, const T* block) {
+    const bool more = left.begin < left.end;
+    gemm_block(a_, rows_of(tiles), k, rows_of(first_of(more ? left : mine)),
+               more ? k : depth_from(k.begin + layout_.depth), block, layout_.panel_stride, panels, n_,
+               a_memory_.get() + member * a_numbers_, accumulate_ || k.begin > 0, c_, ldc_);
+  }
+
+  // Each member has panels of his own.
+  void share_panels() {
+    T* const memory = packed_b_ ? nullptr : b_memory_.allocate(layout_.block_numbers);
+    parallel(team_, [&](int member, int team) {
+      const Range panels = part(layout_.panels, member, team), all{0, tiles_};
+      for (int64_t i = 0; i < layout_.blocks; ++i) {
+        const Depth k = depth_from(i * layout_.depth);
+        const T* const block = packed_b_ ? packed_b_ + i * layout_.block_numbers : memory;
+        if (!packed_b_)
+          for (int64_t j = panels.begin; j < panels.end; ++j)
+            pack_b(b_, k.begin, k.size, n_, j, memory + j * layout_.panel_stride);
+        for (Range left = all; left.begin < left.end;) {
+          const Range tiles = first_of(left);
+          left.begin = tiles.end;
+          multiply(member, tiles, k, left, all, panels, block);
+        }
+      }
+    });
+  }
+
+  // The members pack a block of panels together, a chain at a time, and take tiles as they get on. Nobody waits for one
+  // who has not come yet: what he has not begun is done by the others.
+  void share_rows() {
+    const int64_t blocks = layout_.blocks;
+    T* const memory = packed_b_ ? nullptr : b_memory_.allocate((blocks > 1 ? kBuffers : 1) * layout_.block_numbers);
+    const int64_t tile_work = kTileRows * n_ * layout_.depth, enough = (kGemmToTake + tile_work - 1) / tile_work;
+    const int64_t least = enough < kGemmTilesToTake ? kGemmTilesToTake : enough < kMost ? enough : kMost;
+    constexpr int64_t few = 16;  // are on the stack: a small product would feel the allocation
+    GemmProgress few_progress[few];
+    Backlog few_backlogs[few];
+    Workspace<GemmProgress> progress_memory;
+    Workspace<Backlog> backlog_memory;
+    const bool many = blocks * team_ > few;
+    GemmProgress* const progress = many ? progress_memory.zeros(blocks) : few_progress;
+    Backlog* const backlogs = many ? backlog_memory.allocate(blocks * team_) : few_backlogs;
+    for (int64_t i = 0; i < blocks * team_; ++i) backlogs[i].deal(part(tiles_, i % team_, team_));
+
+    parallel(team_, [&](int member, int) {
+      for (int64_t i = 0; i < blocks; ++i) {
+        const Depth k = depth_from(i * layout_.depth);
+        const T* block =
+            packed_b_ ? packed_b_ + i * layout_.block_numbers : memory + i % kBuffers * layout_.block_numbers;
+        if (!packed_b_) {
+          if (i >= kBuffers) wait_until([&] { return progress[i - kBuffers].multiplied() == tiles_; });
+          pack_together(k, memory + i % kBuffers * layout_.block_numbers, progress[i]);
+        }
+        // The order of the sums.
+        if (i > 0) wait_until([&] { return progress[i - 1].multiplied() == tiles_; });
+        Backlog* const all = backlogs + i * team_;
+        for (;;) {
+          const Range tiles = take_piece(all, Share{member, team_}, kMost, least);
+          if (tiles.end <= tiles.begin) break;
+          multiply(member, tiles, k, all[member].left(), part(tiles_, member, team_), {0, layout_.panels}, block);
+          progress[i].add_multiplied(tiles.end - tiles.begin);
+        }
+      }
+    });
+  }
+  void pack_together(Depth k, T* to, GemmProgress& progress) const {
+    const int64_t chains = (k.size + kChain - 1) / kChain, pieces = layout_.panels * chains;
+    for (int64_t i; (i = progress.take_packing()) < pieces;) {
+      const int64_t j = i / chains, from = i % chains * kChain;
+      pack_b(b_, k.begin + from, k.size - from < kChain ? k.size - from : kChain, n_, j,
+             to + j * layout_.panel_stride + from * Shape::width);
+      progress.add_packed();
+    }
+    wait_until([&] { return progress.packed() == pieces; });
+  }
+
+  static constexpr int64_t kBuffers = 2;  // others may still read the block before
+
+  int64_t m_, n_, k_;
+  Matrix<T> a_, b_;
+  bool accumulate_;
+  Compute<T>* c_;
+  int64_t ldc_;
+  const T* packed_b_;
+  GemmPanels<T> layout_;
+  int64_t tiles_, a_numbers_ = 0;
+  int team_ = 1;
+  Workspace<T> b_memory_;
+  Workspace<typename Terms<T>::Left> a_memory_;
+};
+
 // C (m, n) (+)= A B, C of the type that is computed in. packed_b: B once more, from gemm_pack, or null.
 template <class T>
 void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, bool accumulate,
           Compute<T>* c, int64_t ldc, const T* packed_b = nullptr) {
-  using Shape = PanelShape<T, 1>;
   if (m <= 0 || n <= 0) return;
   if (k <= 0) {
     if (!accumulate)
@@ -299,42 +453,5 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
   if constexpr (Terms<T>::count == 1)  // rows of pairs lie nowhere
     if (m <= kRowsInPlace && a.column == 1 && b.column == 1)
       return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
-  const GemmPanels<T> layout(n, k, packed_b || m * n > kGemmNumbersSmall ? kGemmK : kGemmKSmall);
-  const int64_t depth = layout.depth, panels = layout.panels;
-  const int64_t buffers = depth < k ? 2 : 1;
-  const int64_t a_numbers = packs(a) ? kGemmRows * (depth + depth % Terms<T>::count) : 0;
-  const int64_t parts = (m > n ? m : n) / kGemmPart;  // every thread has work
-  const int wanted = m * n * k < kGemmToShare || parts < 1 ? 1 : parts < threads ? static_cast<int>(parts) : threads;
-  Workspace<T> b_memory;
-  Workspace<typename Terms<T>::Left> a_memory;
-  T* const b_all = packed_b ? nullptr : b_memory.allocate(buffers * layout.block_numbers);
-  auto* const a_all = a_memory.allocate(wanted * a_numbers);
-  Barrier barrier;
-  barrier.begin();
-  parallel(wanted, [&](int member, int team) {
-    Share share{member, team};
-    // The longer side is shared.
-    constexpr int MR = tile_rows(Shape::vectors);
-    const int64_t tiles = (m + MR - 1) / MR;
-    const bool share_rows = tiles >= panels || tiles >= 8 * team;
-    Range rows = share_rows ? part(tiles, member, team) : Range{0, tiles};
-    rows = {rows.begin * MR, rows.end * MR < m ? rows.end * MR : m};
-    const Range columns = share_rows ? Range{0, panels} : part(panels, member, team);
-    for (int64_t k0 = 0, i = 0; k0 < k; k0 += depth, ++i) {
-      const int64_t k_size = k - k0 < depth ? k - k0 : depth;
-      const T* block;
-      if (packed_b) {
-        block = packed_b + i * layout.block_numbers;
-      } else {
-        T* const to = b_all + i % buffers * layout.block_numbers;  // others may still read the one before it
-        const Range mine = share_rows ? part(panels, member, team) : columns;
-        for (int64_t j = mine.begin; j < mine.end; ++j) pack_b(b, k0, k_size, n, j, to + j * layout.panel_stride);
-        if (share_rows) barrier.wait(share);
-        block = to;
-      }
-      const int64_t after = k - k0 - k_size, k_next = after < depth ? after : depth;
-      gemm_block(a, rows, k0, k_size, k_next, block, layout.panel_stride, columns, n, a_all + member * a_numbers,
-                 accumulate || k0 > 0, c, ldc);
-    }
-  });
+  Gemm<T>(m, n, k, a, b, accumulate, c, ldc, packed_b).run(threads);
 }

@@ -99,10 +99,32 @@ struct Share {
   Range of(int64_t size) const { return part(size, member, members); }
 };
 
+// Spins before a thread yields: with another busy process on the machine a pure spin waits for whole scheduler slices.
+constexpr int kSpins = 2000;
+inline void spin() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// For what other threads are about to do.
+template <class There>
+void wait_until(const There& there) {
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (there()) return;
+    spin();
+  }
+  const int64_t begin = Crowd::now();
+  while (!there()) sched_yield();
+  const int64_t waited = Crowd::now() - begin;
+  if (waited > Crowd::kStall) Crowd::stalled(waited);
+}
+
 // Meeting point of a team at every step. Everyone writes down his arrival in a place of his own and reads the others':
 // where processors are far apart a cache line takes a fifth of a microsecond from one to the other, and here they all
-// travel at the same time. Spins for a moment, then yields: with another busy process on the machine a pure spin waits
-// for whole scheduler slices.
+// travel at the same time.
 class alignas(64) Barrier {
  public:
   void begin() { begun_ = Crowd::now(); }
@@ -129,11 +151,7 @@ class alignas(64) Barrier {
           wait_long(i, expected);
           break;
         }
-#if defined(__x86_64__)
-        _mm_pause();
-#elif defined(__aarch64__)
-        asm volatile("yield");
-#endif
+        spin();
       }
     }
     const int64_t alone_from = __atomic_load_n(&alone_from_, __ATOMIC_RELAXED);
@@ -141,7 +159,6 @@ class alignas(64) Barrier {
   }
 
  private:
-  static constexpr int kSpins = 2000;
   static constexpr int64_t kAllowed = 1000000;  // ns of stalls that change nothing
   static constexpr int kPlaces = 16;            // member 0 has one, the others share the rest if they are more
 
@@ -173,3 +190,63 @@ class alignas(64) Barrier {
   int64_t begun_ = 0, stalled_ = 0;
   int wanted_alone_ = 0;
 };
+
+// One member's part of a range that a team works off together. He takes pieces from its front, and whoever has done his
+// own part takes from the back what is left of another's: processors are not equally fast, nor all there all the time.
+class alignas(64) Backlog {
+ public:
+  void deal(Range range) { store(range); }
+  Range left() const { return range_of(__atomic_load_n(&left_, __ATOMIC_RELAXED)); }
+
+  // At most `most`, towards the end down to `least`, so that all are done at the same time; empty when nothing is left.
+  Range take_first(int64_t most, int64_t least) {
+    return take(most, least, [](Range left, int64_t n) { return Range{left.begin, left.begin + n}; });
+  }
+  Range take_last(int64_t most, int64_t least) {
+    return take(most, least, [](Range left, int64_t n) { return Range{left.end - n, left.end}; });
+  }
+
+ private:
+  static uint64_t bits_of(Range range) {
+    return static_cast<uint64_t>(range.begin) << 32 | static_cast<uint64_t>(range.end);
+  }
+  static Range range_of(uint64_t bits) {
+    return {static_cast<int64_t>(bits >> 32), static_cast<int64_t>(bits & 0xffffffff)};
+  }
+  void store(Range range) { __atomic_store_n(&left_, bits_of(range), __ATOMIC_RELAXED); }
+
+  template <class Pick>
+  Range take(int64_t most, int64_t least, const Pick& pick) {
+    uint64_t bits = __atomic_load_n(&left_, __ATOMIC_RELAXED);
+    for (;;) {
+      const Range left = range_of(bits);
+      const int64_t size = left.end - left.begin;
+      const int64_t half = size / 2 > least ? size / 2 : least, n = half < most ? half : most;
+      if (size <= 0) return {0, 0};
+      const Range piece = pick(left, n < size ? n : size);
+      const Range rest{
+          piece.begin == left.begin ? piece.end : left.begin, piece.begin == left.begin ? left.end : piece.begin};
+      if (__atomic_compare_exchange_n(&left_, &bits, bits_of(rest), true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+        return piece;
+    }
+  }
+
+  uint64_t left_ = 0;  // begin and end, 32 bits each
+};
+
+// The next piece for a member: of his own part, or else of the one that has most left.
+inline Range take_piece(Backlog* all, Share share, int64_t most, int64_t least) {
+  const Range own = all[share.member].take_first(most, least);
+  if (own.end > own.begin) return own;
+  for (;;) {
+    int fullest = -1;
+    int64_t largest = 0;
+    for (int i = 0; i < share.members; ++i) {
+      const Range left = all[i].left();
+      if (left.end - left.begin > largest) fullest = i, largest = left.end - left.begin;
+    }
+    if (fullest < 0) return {0, 0};
+    const Range piece = all[fullest].take_last(most, least);
+    if (piece.end > piece.begin) return piece;
+  }
+}

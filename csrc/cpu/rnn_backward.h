@@ -332,12 +332,18 @@ void rnn_backward(const RnnBackward<T>& p) {
     Result<T> dx;
     dx.open(p.dx, p.schedule.total_rows() * p.input_size);
     if (p.dx && dx_from_zero) memset(dx.get(), 0, p.schedule.total_rows() * p.input_size * sizeof(Compute<T>));
+    RowShares shares[2];
+    const int64_t piece = steps_to_measure(p.threads, p.schedule, p.directions, directions[0].work());
     for (int64_t s1 = T_; s1 > 0; s1 -= chunk) {
       const int64_t s0 = s1 > chunk ? s1 - chunk : 0;
       for (int d = 0; d < p.directions; ++d) directions[d].begin_chunk(s0, s1);
-      run_plan(
-          p.threads, p.schedule, p.directions, directions[0].work(),
-          [&](int d, Range rows, Share share, Barrier& barrier) { directions[d].run(s0, s1, rows, share, barrier); });
+      for (int64_t end = s1; end > s0; end -= piece) {
+        const int64_t begin = end - s0 > piece ? end - piece : s0;
+        run_plan(p.threads, p.schedule, p.directions, directions[0].work(), shares,
+                 [&](int d, Range rows, Share share, Barrier& barrier) {
+                   directions[d].run(begin, end, rows, share, barrier);
+                 });
+      }
       for (int d = 0; d < p.directions; ++d) directions[d].gradients(s1 == T_, dx.get(), dx_from_zero || d == 1);
     }
     dx.close(p.threads);

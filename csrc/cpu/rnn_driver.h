@@ -12,6 +12,7 @@ constexpr int64_t kNumbersToShare = 131072;   // numbers to add or multiply, lik
 constexpr int64_t kWeightsToStream = 1 << 18;
 constexpr int64_t kWeightsToStreamBackward = 1 << 20;  // a thread then reads the others' dg, too, not only their h
 constexpr int64_t kRowsToShareUnits = 16;
+constexpr int64_t kWorkToMeasure = 1 << 26;       // a thread's multiplications that tell how fast it is
 constexpr int64_t kChunkBytes = 2 << 20;          // gx computed ahead of the steps
 constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
 constexpr int64_t kBackwardChunkBytes = 4 << 20;  // dg kept for the weight gradients
@@ -129,52 +130,108 @@ inline Plan make_plan(int team, int directions, int64_t batch, const Work& work)
   return plan;
 }
 
-// Rows of group i of n: consecutive ones, each group with about the same number of row-steps.
-inline Range row_group(const Schedule& schedule, int i, int n) {
-  if (!schedule.batch_sizes) return part(schedule.batch, i, n);
-  const int64_t total = schedule.total_rows();
-  Range out{schedule.batch, schedule.batch};
-  int64_t length = schedule.steps, done = 0;
-  for (int64_t r = 0; r < schedule.batch; ++r) {
-    if (out.begin == schedule.batch && done >= total * i / n) out.begin = r;
-    if (i + 1 < n && done >= total * (i + 1) / n) {
-      out.end = r;
-      break;
-    }
-    while (length > 0 && schedule.rows(length - 1) <= r) --length;
-    done += length;
-  }
-  return out;
-}
+// How groups share the rows of a direction: by what each has got done in the steps before, as processors are not
+// equally fast, and others may want them, too.
+class RowShares {
+ public:
+  static constexpr int kMost = 512;
 
-// Runs loop(direction, rows, share, barrier) for every part of the plan.
+  void begin(int groups) {
+    groups_ = groups;
+    for (int i = 0; i <= groups; ++i) cuts_[i] = kAll * i / groups;
+  }
+  int groups() const { return groups_; }
+
+  // Consecutive rows, which have about so large a part of all row-steps.
+  Range rows(const Schedule& schedule, int i) const {
+    if (!schedule.batch_sizes) return {schedule.batch * cuts_[i] / kAll, schedule.batch * cuts_[i + 1] / kAll};
+    const int64_t total = schedule.total_rows();
+    Range out{schedule.batch, schedule.batch};
+    int64_t length = schedule.steps, done = 0;
+    for (int64_t r = 0; r < schedule.batch; ++r) {
+      if (out.begin == schedule.batch && done >= total * cuts_[i] / kAll) out.begin = r;
+      if (i + 1 < groups_ && done >= total * cuts_[i + 1] / kAll) {
+        out.end = r;
+        break;
+      }
+      while (length > 0 && schedule.rows(length - 1) <= r) --length;
+      done += length;
+    }
+    return out;
+  }
+
+  void took(int i, int64_t nanoseconds) { took_[i] = nanoseconds; }
+  // After all groups have said what they took.
+  void adjust() {
+    double speeds[kMost], all = 0;
+    int64_t longest = 0, sum = 0;
+    for (int i = 0; i < groups_; ++i) {
+      if (took_[i] <= 0) return;
+      speeds[i] = static_cast<double>(cuts_[i + 1] - cuts_[i]) / static_cast<double>(took_[i]);
+      all += speeds[i];
+      sum += took_[i];
+      if (took_[i] > longest) longest = took_[i];
+    }
+    if (longest * groups_ <= sum + sum / kWorthwhile) return;
+    double so_far = 0;
+    for (int i = 0; i + 1 < groups_; ++i) {
+      so_far += speeds[i];
+      cuts_[i + 1] = static_cast<int64_t>(kAll * (so_far / all));
+    }
+  }
+
+ private:
+  static constexpr int64_t kAll = 1 << 20;
+  static constexpr int64_t kWorthwhile = 24;  // the part of the time that is to be gained
+  int groups_ = 0;
+  int64_t cuts_[kMost + 1], took_[kMost];
+};
+
+// Runs loop(direction, rows, share, barrier) for every part of the plan. `shares`, one a direction, are from the call
+// before, in the same sequence.
 template <class Loop>
-void run_plan(int threads, const Schedule& schedule, int directions, const Work& work, const Loop& loop) {
-  constexpr int kMaxGroups = 512;
-  if (threads > kMaxGroups) threads = kMaxGroups;
+void run_plan(int threads, const Schedule& schedule, int directions, const Work& work, RowShares* shares,
+              const Loop& loop) {
+  if (threads > RowShares::kMost) threads = RowShares::kMost;
   Workspace<Barrier> memory;
   const int groups = threads > directions ? threads : directions;
   Barrier* barriers = memory.zeros(groups);
   for (int i = 0; i < groups; ++i) barriers[i].begin();
-  const int wanted = [&] {
-    const Plan plan = make_plan(threads, directions, schedule.batch, work);
-    const int all = plan.tasks() * plan.members;
-    return threads < all ? threads : all;
-  }();
-  parallel(wanted, [&](int member, int team) {
+  const Plan expected = make_plan(threads, directions, schedule.batch, work);
+  if (shares->groups() != expected.row_groups)
+    for (int d = 0; d < directions; ++d) shares[d].begin(expected.row_groups);
+  const int all = expected.tasks() * expected.members;
+  bool as_expected = false;
+  parallel(threads < all ? threads : all, [&](int member, int team) {
     // From the team that came, which may be smaller than the one asked for.
     const Plan plan = make_plan(team, directions, schedule.batch, work);
-    if (plan.members == 1) {
-      for (int task = member; task < plan.tasks(); task += team)
-        loop(task / plan.row_groups, row_group(schedule, task % plan.row_groups, plan.row_groups), Share{0, 1},
-             barriers[task]);
+    const bool same = plan.row_groups == expected.row_groups;
+    if (member == 0) as_expected = same && plan.tasks() <= team;
+    if (plan.members > 1) {
+      const int task = member / plan.members;
+      if (task < plan.tasks())
+        loop(task, Range{0, schedule.batch}, Share{member % plan.members, plan.members}, barriers[task]);
       return;
     }
-    const int task = member / plan.members;
-    if (task >= plan.tasks()) return;
-    loop(task / plan.row_groups, row_group(schedule, task % plan.row_groups, plan.row_groups),
-         Share{member % plan.members, plan.members}, barriers[task]);
+    RowShares others;
+    if (!same) others.begin(plan.row_groups);
+    for (int task = member; task < plan.tasks(); task += team) {
+      const int d = task / plan.row_groups, group = task % plan.row_groups;
+      const int64_t begin = Crowd::now();
+      loop(d, (same ? shares[d] : others).rows(schedule, group), Share{0, 1}, barriers[task]);
+      if (same) shares[d].took(group, Crowd::now() - begin);
+    }
   });
+  if (as_expected && expected.row_groups > 1)
+    for (int d = 0; d < directions; ++d) shares[d].adjust();
+}
+
+// Steps after which it pays to look at how the rows are shared; all, where they are not.
+inline int64_t steps_to_measure(int threads, const Schedule& schedule, int directions, const Work& work) {
+  const Plan plan = make_plan(threads, directions, schedule.batch, work);
+  const int64_t of_a_step = work.weights * schedule.batch / plan.row_groups;
+  if (plan.row_groups == 1 || of_a_step <= 0) return schedule.steps > 0 ? schedule.steps : 1;
+  return (kWorkToMeasure + of_a_step - 1) / of_a_step;
 }
 
 // Steps whose GEMM runs together: enough rows for it to run at speed, few enough for the memory it may take.

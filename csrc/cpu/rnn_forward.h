@@ -288,11 +288,12 @@ void rnn_forward(const RnnForward<T>& p) {
         steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(Compute<T>), kChunkBytes, kChunkRows);
     for (int d = 0; d < p.directions; ++d)
       directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch, (T_ + chunk - 1) / chunk);
+    RowShares shares[2];
     for (int64_t s0 = 0; s0 < T_; s0 += chunk) {
       const int64_t s1 = s0 + chunk < T_ ? s0 + chunk : T_;
       for (int d = 0; d < p.directions; ++d) directions[d].project_input(s0, s1);
       run_plan(
-          p.threads, p.schedule, p.directions, directions[0].work(),
+          p.threads, p.schedule, p.directions, directions[0].work(), shares,
           [&](int d, Range rows, Share share, Barrier& barrier) { directions[d].run(s0, s1, rows, share, barrier); });
     }
   }
