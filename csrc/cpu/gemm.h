@@ -186,9 +186,9 @@ FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, i
   for (int64_t k = 0; k < k_size; k += kChain) {
     const bool last = k + kChain >= k_size;
     rows_ahead.ask();
-    tile<MR, NV, 1, T, fetches>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count, 0,
-                                last ? k_size - k : kChain, before, ld_before, last ? to : sums, last ? ld : width,
-                                fetches ? ahead + k / count * kLineNumbers<T> : nullptr);
+    tile<MR, NV, T, fetches>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count,
+                             last ? k_size - k : kChain, before, ld_before, last ? to : sums, last ? ld : width,
+                             fetches ? ahead + k / count * kLineNumbers<T> : nullptr);
     before = sums, ld_before = width;
   }
   if (columns < width)

@@ -96,7 +96,8 @@ class BackwardDirection {
     Range units, outputs;
     const auto take = [&] {
       const int64_t rows = mine.end - mine.begin;
-      outputs = hidden_.part_of(share, rows), units = p_->proj_size ? projection_.part_of(share, rows) : outputs;
+      outputs = hidden_.part_of(share, rows);
+      units = p_->proj_size ? projection_.part_of(share, rows) : outputs;
     };
     take();
     const auto meet = [&] {  // as in ForwardDirection::run

@@ -119,14 +119,14 @@ class ForwardDirection {
 
   // Steps [s0, s1) of some rows, this member's share of their units.
   void run(int64_t s0, int64_t s1, Range mine, Share share, Barrier& barrier) {
-    const int64_t rows_of_all = mine.end - mine.begin;
-    Range units = hidden_.part_of(share, rows_of_all), outputs = projection_.part_of(share, rows_of_all);
+    const int64_t rows = mine.end - mine.begin;
+    Range units = hidden_.part_of(share, rows), outputs = projection_.part_of(share, rows);
     // False for the members whom member 0 goes on without.
     const auto meet = [&] {
       if (!barrier.wait(share)) return true;
       if (share.member != 0) return false;
       share = {0, 1};
-      units = hidden_.part_of(share, rows_of_all), outputs = projection_.part_of(share, rows_of_all);
+      units = hidden_.part_of(share, rows), outputs = projection_.part_of(share, rows);
       return true;
     };
     if (!packed_) project_units(walk_.packed_rows(s0, s1), units);

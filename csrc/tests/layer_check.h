@@ -9,7 +9,7 @@ namespace fastseq::test {
 // Around the widths of vectors (2 to 16 numbers), of panels (up to 64), of chains (128) and of the row blocks (64), the
 // number of steps from which weights are packed (8), and the work from which threads share rows or units. The first
 // kQuickShapes of them touch every branch of the drivers at least once.
-constexpr int kQuickShapes = 10;
+constexpr int kQuickShapes = 11;
 const Shape kShapes[] = {
     // T, B, I, H, P, directions, ragged, bias, states
     {8, 3, 5, 17, 9, 2, true, true, true},
@@ -20,6 +20,7 @@ const Shape kShapes[] = {
     {8, 1, 2, 33, 3, 1, false, false, true},
     {8, 70, 2, 3, 0, 1, true, true, false},
     {20, 3, 3, 1, 1, 2, true, false, true},
+    {8, 1, 3, 100, 0, 1, false, true, true},   // panels side by side, the last one not full
     {9, 5, 7, 129, 0, 1, false, true, false},  // units shared by the threads, parts of a panel too
     {3, 1, 1, 33, 5, 2, false, true, true},    // products of one row
     {1, 1, 1, 1, 0, 1, false, false, false},
