@@ -51,8 +51,8 @@ FASTSEQ_INLINE void score_tile(int64_t rows, const F* a, int64_t a_row, int64_t 
     constexpr int64_t count = Terms<F>::count;
     if (rows < MR) return score_tile<NV, MR - 1, F>(rows, a, a_row, a_step, b, b_step, k, c, ldc, accumulate);
     for (int64_t k0 = k.begin; k0 < k.end; k0 += kTermBlock)
-      tile<MR, NV, F>(
-          a + k0 / count * a_step, a_row, a_step, b + k0 / count * b_step, b_step,
+      tile<MR, NV, 1, F>(
+          a + k0 / count * a_step, a_row, a_step, b + k0 / count * b_step, b_step, 0,
           k.end - k0 < kTermBlock ? k.end - k0 : kTermBlock, accumulate || k0 > k.begin ? c : nullptr, ldc, c, ldc);
   }
 }

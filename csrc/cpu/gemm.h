@@ -15,7 +15,8 @@ constexpr int64_t kGemmPart = 64;          // rows or columns that a thread has 
 constexpr int64_t kGemmToShare = 1 << 18;  // multiplications worth starting a team for
 // What a thread takes of the rows at a time, at least: tiles that make up for reading all panels, and multiplications.
 constexpr int64_t kGemmTilesToTake = 4;
-constexpr int64_t kGemmToTake = 1 << 20;
+constexpr int64_t kGemmToTake = 1 << 22;
+constexpr int64_t kGemmNumbersToTake = 1 << 13;  // likewise of B to pack, as members ask one another for the next piece
 // Panels of so many bytes in a block are asked for ahead of their use: a core's own cache does not hold them.
 constexpr int64_t kGemmBytesFar = 1 << 20;
 
@@ -186,9 +187,9 @@ FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, i
   for (int64_t k = 0; k < k_size; k += kChain) {
     const bool last = k + kChain >= k_size;
     rows_ahead.ask();
-    tile<MR, NV, T, fetches>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count,
-                             last ? k_size - k : kChain, before, ld_before, last ? to : sums, last ? ld : width,
-                             fetches ? ahead + k / count * kLineNumbers<T> : nullptr);
+    tile<MR, NV, 1, T, fetches>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count, 0,
+                                last ? k_size - k : kChain, before, ld_before, last ? to : sums, last ? ld : width,
+                                fetches ? ahead + k / count * kLineNumbers<T> : nullptr);
     before = sums, ld_before = width;
   }
   if (columns < width)
@@ -329,7 +330,7 @@ class Gemm {
     team_ = m_ * n_ * k_ < kGemmToShare || parts < 1 ? 1 : parts < threads ? static_cast<int>(parts) : threads;
     a_numbers_ = packs(a_) ? kGemmRows * (layout_.depth + layout_.depth % Terms<T>::count) : 0;
     a_memory_.allocate(team_ * a_numbers_);
-    if (tiles_ < layout_.panels && tiles_ < 8 * team_) {
+    if (team_ == 1 || (tiles_ < layout_.panels && tiles_ < 8 * team_)) {
       share_panels();
     } else {
       share_rows();
@@ -415,11 +416,16 @@ class Gemm {
     });
   }
   void pack_together(Depth k, T* to, GemmProgress& progress) const {
-    const int64_t chains = (k.size + kChain - 1) / kChain, pieces = layout_.panels * chains;
+    const int64_t chains = (k.size + kChain - 1) / kChain, all = layout_.panels * chains;
+    const int64_t worth_taking = layout_.panels * Shape::panel_numbers(k.size) / kGemmNumbersToTake;
+    const int64_t wanted = worth_taking > team_ ? worth_taking : team_, pieces = wanted < all ? wanted : all;
     for (int64_t i; (i = progress.take_packing()) < pieces;) {
-      const int64_t j = i / chains, from = i % chains * kChain;
-      pack_b(b_, k.begin + from, k.size - from < kChain ? k.size - from : kChain, n_, j,
-             to + j * layout_.panel_stride + from * Shape::width);
+      const Range piece = part(all, i, pieces);
+      for (int64_t n = piece.begin; n < piece.end; ++n) {
+        const int64_t j = n / chains, from = n % chains * kChain;
+        pack_b(b_, k.begin + from, k.size - from < kChain ? k.size - from : kChain, n_, j,
+               to + j * layout_.panel_stride + from * Shape::width);
+      }
       progress.add_packed();
     }
     wait_until([&] { return progress.packed() == pieces; });

@@ -119,24 +119,26 @@ void pack_straight(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j,
   }
 }
 
-// sums[m][NV*V] = before, or nothing where that is null, + a[m][0..k) . panel, for MR rows: one chain. The numbers of
-// step s of row m are at a[m * a_row + s * a_step], those of the panel at panel + s * panel_step; both have whole
-// steps.
-template <int MR, int NV, class T, bool fetches = false>
+// sums[m][nb][NV*V] = before, or nothing where that is null, + a[m][0..k) . panel nb, for MR rows and NB panels side by
+// side: one chain. NB > 1 gives a single row enough independent sums to hide the latency of the fused multiply-add. The
+// numbers of step s of row m are at a[m * a_row + s * a_step], those of the panel at panel + s * panel_step; both have
+// whole steps.
+template <int MR, int NV, int NB, class T, bool fetches = false>
 FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step, const T* panel,
-                         int64_t panel_step, int64_t k_size, const Compute<T>* before, int64_t ld_before,
-                         Compute<T>* sums, int64_t ld_sums, const T* ahead = nullptr) {
+                         int64_t panel_step, int64_t panel_stride, int64_t k_size, const Compute<T>* before,
+                         int64_t ld_before, Compute<T>* sums, int64_t ld_sums, const T* ahead = nullptr) {
   using V = Vec<Compute<T>>;
   using Step = Terms<T>;
-  V c[MR][NV];
+  V c[MR][NB * NV];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 16
-    for (int i = 0; i < NV; ++i) c[m][i] = V(0);
+    for (int i = 0; i < NB * NV; ++i) c[m][i] = V(0);
   const auto add = [&](auto part, int64_t s) __attribute__((always_inline)) {
     constexpr int p = decltype(part)::value;
     const auto weights = [&](int i) __attribute__((always_inline)) {
-      return Step::template load<p>(panel + s * panel_step + i * V::size * Step::count);
+      return Step::template load<p>(
+          panel + (i / NV) * panel_stride + s * panel_step + (i % NV) * V::size * Step::count);
     };
     const auto row = [&](int m) __attribute__((always_inline)) {
       return Step::template broadcast<p>(a + m * a_row + s * a_step);
@@ -146,20 +148,20 @@ FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) b[m] = row(m);
 #pragma GCC unroll 16
-      for (int i = 0; i < NV; ++i) {
+      for (int i = 0; i < NB * NV; ++i) {
         const V w = weights(i);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m) c[m][i] = Step::add(b[m], w, c[m][i]);
       }
     } else {
-      V w[NV];
+      V w[NB * NV];
 #pragma GCC unroll 16
-      for (int i = 0; i < NV; ++i) w[i] = weights(i);
+      for (int i = 0; i < NB * NV; ++i) w[i] = weights(i);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
         const V b = row(m);
 #pragma GCC unroll 16
-        for (int i = 0; i < NV; ++i) c[m][i] = Step::add(b, w[i], c[m][i]);
+        for (int i = 0; i < NB * NV; ++i) c[m][i] = Step::add(b, w[i], c[m][i]);
       }
     }
   };
@@ -172,41 +174,11 @@ FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 16
-    for (int i = 0; i < NV; ++i) {
+    for (int i = 0; i < NB * NV; ++i) {
       const V sum = before ? V::load(before + m * ld_before + i * V::size) + c[m][i] : c[m][i];
       sum.store(sums + m * ld_sums + i * V::size);
     }
   }
-}
-
-// The same for one row and N vectors of weights that follow one another from vector `first` of a panel on, in as many
-// panels of NV vectors as it takes, panel_stride apart. Some eight sums side by side hide the latency of the fused
-// multiply-add.
-template <int N, int first, int NV, class T>
-FASTSEQ_INLINE void row_tile(const typename Terms<T>::Left* a, const T* panel, int64_t panel_step, int64_t panel_stride,
-                             int64_t k_size, const Compute<T>* before, Compute<T>* sums) {
-  using V = Vec<Compute<T>>;
-  using Step = Terms<T>;
-  V c[N];
-#pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) c[i] = V(0);
-  const auto add = [&](auto part, int64_t s) __attribute__((always_inline)) {
-    constexpr int p = decltype(part)::value;
-    const V b = Step::template broadcast<p>(a + s * Step::count);
-#pragma GCC unroll 16
-    for (int i = 0; i < N; ++i) {
-      const T* const from =
-          panel + (first + i) / NV * panel_stride + s * panel_step + (first + i) % NV * V::size * Step::count;
-      c[i] = Step::add(b, Step::template load<p>(from), c[i]);
-    }
-  };
-  const int64_t steps = (k_size + Step::count - 1) / Step::count;
-  for (int64_t s = 0; s < steps; ++s) {
-    add(Part<0>{}, s);
-    if constexpr (Step::parts == 2) add(Part<1>{}, s);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < N; ++i) (before ? V::load(before + i * V::size) + c[i] : c[i]).store(sums + i * V::size);
 }
 
 // One piece of K: a's columns, and the panel's rows that go with them. All but the last have whole steps.
@@ -220,7 +192,7 @@ FASTSEQ_INLINE void tile_remainder(int64_t rows, const typename Terms<T>::Left* 
                                    int64_t ld_sums) {
   if constexpr (MR > 0) {
     if (rows == MR)
-      return tile<MR, NV, T>(a, lda, Terms<T>::count, panel, panel_step, k_size, before, ld_sums, sums, ld_sums);
+      return tile<MR, NV, 1, T>(a, lda, Terms<T>::count, panel, panel_step, 0, k_size, before, ld_sums, sums, ld_sums);
     tile_remainder<MR - 1, NV, T>(rows, a, lda, panel, panel_step, k_size, before, sums, ld_sums);
   }
 }
@@ -252,19 +224,19 @@ void gather_rows(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, in
     }
 }
 
-// sums[rows][NV*V] = a . panel, rows <= kRowBlock. a's columns come in pieces that follow one another in the panel.
-// gathered: the rows once more, from gather_rows, or null. Of a panel's PV vectors the first NV are computed. next: the
-// panel after this one, or null; while a chain's rows go by, the weights of the next chain come.
-template <int NV, int PV, class T>
+// sums[rows][NB][NV*V] = a . panels, rows <= kRowBlock. a's columns come in pieces that follow one another in the
+// panel. gathered: the rows once more, from gather_rows, or null. Of a panel's PV vectors the first NV are computed.
+// next: the panel after this one, or null; while a chain's rows go by, the weights of the next chain come.
+template <int NV, int NB, int PV, class T>
 void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, const T* panel,
-                   int64_t panel_step, Compute<T>* sums, const typename Terms<T>::Left* gathered = nullptr,
-                   const T* next = nullptr) {
+                   int64_t panel_step, int64_t panel_stride, Compute<T>* sums,
+                   const typename Terms<T>::Left* gathered = nullptr, const T* next = nullptr) {
   using Left = typename Terms<T>::Left;
   constexpr int width = PV * Vec<Compute<T>>::size, count = Terms<T>::count;
   constexpr int MR = tile_rows(NV);
   static_assert(kChain % count == 0, "a chain has whole steps");
   constexpr bool copies = count > 1;  // rows may be odd, and Left may be another type
-  alignas(64) Left memory[copies ? kRowBlock * kChain : 1];
+  alignas(64) Left memory[copies ? (NB > 1 ? 1 : kRowBlock) * kChain : 1];
   const Compute<T>* before = nullptr;  // the first chain's sums overwrite
   for (int p = 0; p < pieces_n; ++p) {
     for (int64_t k0 = 0; k0 < pieces[p].size; k0 += kChain) {
@@ -280,51 +252,30 @@ void panel_product(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, 
       } else {
         columns = from, ld = lda;
       }
-      int64_t r = 0;
-      if (next) {
-        const bool last = k0 + k_size == pieces[p].size && p + 1 == pieces_n;
-        const T* const ahead = last ? next : panel + k_size / count * panel_step;
-        // A line at each step: so many rows ask for all of a chain.
-        constexpr int64_t line = kLineNumbers<T>, lines = width * count / line;
-        for (; r + MR <= rows && r < lines * MR; r += MR)
-          tile<MR, NV, T, true>(
-              columns + r * ld, ld, count, panel, panel_step, k_size, before ? before + r * width : nullptr, width,
-              sums + r * width, width, ahead + r / MR * (kChain / count) * line);
-      }
-      for (; r + MR <= rows; r += MR)
-        tile<MR, NV, T>(columns + r * ld, ld, count, panel, panel_step, k_size, before ? before + r * width : nullptr,
-                        width, sums + r * width, width);
-      tile_remainder<MR - 1, NV, T>(rows - r, columns + r * ld, ld, panel, panel_step, k_size,
-                                    before ? before + r * width : nullptr, sums + r * width, width);
-      before = sums;
-      panel += k_size / count * panel_step;
-    }
-  }
-  if (!before) memset(sums, 0, rows * width * sizeof(Compute<T>));  // an empty sum
-}
-
-// sums[N*V] = a . N vectors of weights, as row_tile has them.
-template <int N, int first, int NV, class T>
-void row_product(const T* a, const KPiece* pieces, int pieces_n, const T* panel, int64_t panel_step,
-                 int64_t panel_stride, Compute<T>* sums) {
-  using Left = typename Terms<T>::Left;
-  constexpr int count = Terms<T>::count;
-  alignas(64) Left memory[count > 1 ? kChain : 1];
-  const Compute<T>* before = nullptr;
-  for (int p = 0; p < pieces_n; ++p) {
-    for (int64_t k0 = 0; k0 < pieces[p].size; k0 += kChain) {
-      const int64_t k_size = pieces[p].size - k0 < kChain ? pieces[p].size - k0 : kChain;
-      const T* const from = a + pieces[p].column + k0;
-      const Left* columns = memory;
-      if constexpr (count > 1) {
-        to_left(from, k_size, memory);
+      if constexpr (NB > 1) {
+        tile<1, NV, NB, T>(
+            columns, ld, count, panel, panel_step, panel_stride, k_size, before, NB * width, sums, NB * width);
       } else {
-        columns = from;
+        int64_t r = 0;
+        if (next) {
+          const bool last = k0 + k_size == pieces[p].size && p + 1 == pieces_n;
+          const T* const ahead = last ? next : panel + k_size / count * panel_step;
+          // A line at each step: so many rows ask for all of a chain.
+          constexpr int64_t line = kLineNumbers<T>, lines = width * count / line;
+          for (; r + MR <= rows && r < lines * MR; r += MR)
+            tile<MR, NV, 1, T, true>(
+                columns + r * ld, ld, count, panel, panel_step, 0, k_size, before ? before + r * width : nullptr, width,
+                sums + r * width, width, ahead + r / MR * (kChain / count) * line);
+        }
+        for (; r + MR <= rows; r += MR)
+          tile<MR, NV, 1, T>(columns + r * ld, ld, count, panel, panel_step, 0, k_size,
+                             before ? before + r * width : nullptr, width, sums + r * width, width);
+        tile_remainder<MR - 1, NV, T>(rows - r, columns + r * ld, ld, panel, panel_step, k_size,
+                                      before ? before + r * width : nullptr, sums + r * width, width);
       }
-      row_tile<N, first, NV, T>(columns, panel, panel_step, panel_stride, k_size, before, sums);
       before = sums;
       panel += k_size / count * panel_step;
     }
   }
-  if (!before) memset(sums, 0, N * Vec<Compute<T>>::size * sizeof(Compute<T>));
+  if (!before) memset(sums, 0, rows * NB * width * sizeof(Compute<T>));  // an empty sum
 }

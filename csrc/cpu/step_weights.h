@@ -51,23 +51,67 @@ class StepWeights {
     return {mine.begin * Shape::unit_vectors, end < vectors() ? end : vectors()};
   }
 
-  // For all vectors of units in [mine.begin, mine.end): rows of a (<= kRowBlock) times their weights, a few vectors at
-  // a time, handed to use(first vector, vectors, rows' sums, numbers between two rows' sums); the gates of a unit lie
-  // Shape::units apart. The pieces of a's columns follow one another in K. What comes again every step is best read to
-  // and fro: a cache that does not hold all of it holds the end of the last step.
+  // For all vectors of units in [mine.begin, mine.end): rows of a (<= kRowBlock) times their weights, a panel or a part
+  // of one at a time, handed to use(first vector, vectors, rows' sums, numbers between two rows' sums); the gates of a
+  // unit lie Shape::units apart. The pieces of a's columns follow one another in K. What comes again every step is best
+  // read to and fro: a cache that does not hold all of it holds the end of the last step.
   template <class Use>
   FASTSEQ_INLINE void for_each_block(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
                                      Range mine, bool backwards, const Use& use) const {
+    constexpr int NV = Shape::vectors, UV = Shape::unit_vectors;
+    constexpr int NB = 8 / NV;  // panels side by side for a single row
+    alignas(64) Compute<T> sums[kRowBlock * Shape::width];
     if (mine.end <= mine.begin) return;
-    const int64_t packed_from = first_packed_ * Shape::unit_vectors;
-    if (rows > 1 || (kTransposed && mine.begin < packed_from)) {
-      for_each_panel(a, lda, rows, pieces, pieces_n, mine, backwards, use);
-      return;
+    const Range blocks{mine.begin / UV, (mine.end + UV - 1) / UV};
+    const int64_t all = blocks.end - blocks.begin;
+    // Of one row, groups of full panels that lie alike, and then the others.
+    const int64_t full = rows == 1 && NB > 1 && mine.begin % UV == 0 ? mine.end / UV - blocks.begin : 0;
+    const int64_t in_place = first_packed_ - blocks.begin;
+    const int64_t alike = in_place <= 0 ? full : kTransposed ? 0 : in_place < full ? in_place : full;
+    const int64_t groups = alike / NB, pieces_of_work = groups + all - groups * NB;
+    Workspace<typename Terms<T>::Left> memory;
+    typename Terms<T>::Left* gathered = nullptr;
+    const bool direct = kTransposed && blocks.end <= first_packed_;
+    if (Terms<T>::count > 1 && rows > 1 && !direct) {
+      int64_t k = 0;
+      for (int p = 0; p < pieces_n; ++p) k += whole_steps<T>(pieces[p].size);
+      gathered = memory.allocate(rows * k);
+      if (gathered) gather_rows(a, lda, rows, pieces, pieces_n, gathered);
     }
-    // Vectors in place have another step than packed ones.
-    const int64_t split = packed_from <= mine.begin ? mine.begin : packed_from < mine.end ? packed_from : mine.end;
-    const Range ranges[2] = {{mine.begin, split}, {split, mine.end}};
-    for (int i = 0; i < 2; ++i) for_each_vector(a, pieces, pieces_n, ranges[backwards ? 1 - i : i], backwards, use);
+    const bool far = all * Shape::panel_numbers(k_) * static_cast<int64_t>(sizeof(T)) >= kBytesFar;
+    for (int64_t n = 0; n < pieces_of_work; ++n) {
+      const int64_t i = backwards ? pieces_of_work - 1 - n : n;
+      if (i < groups) {
+        const int64_t j = blocks.begin + i * NB;
+        const Panel panel = panel_of(j);
+        panel_product<NV, NB, NV>(a, lda, 1, pieces, pieces_n, panel.data, panel.step, panel.block, sums);
+        for (int b = 0; b < NB; ++b) use((j + b) * UV, UV, sums + b * Shape::width, NB * Shape::width);
+        continue;
+      }
+      const int64_t j = blocks.begin + groups * NB + i - groups;
+      const int64_t begin = j * UV > mine.begin ? j * UV : mine.begin;
+      const int64_t count = ((j + 1) * UV < mine.end ? (j + 1) * UV : mine.end) - begin;
+      if (kTransposed && j < first_packed_) {
+        const int64_t unit = begin * Shape::V::size, left = n_ - unit, most = count * Shape::V::size;
+        direct_product<Gates>(
+            a + pieces[0].column, lda, rows, w_, ld_, n_, pieces[0].size, unit, left < most ? left : most, sums);
+      } else {
+        const Panel panel = panel_of(j);
+        const T* const data = panel.data + (begin - j * UV) * Shape::V::size * Terms<T>::count;
+        const bool more = far && n + 1 < pieces_of_work && panel.step == Shape::step;
+        const T* const next = more ? panel.data + (backwards ? -panel.block : panel.block) : nullptr;
+        const auto product = [&](auto part) __attribute__((always_inline)) {
+          constexpr int vectors = decltype(part)::value;
+          panel_product<vectors, 1, NV>(a, lda, rows, pieces, pieces_n, data, panel.step, 0, sums, gathered, next);
+        };
+        if constexpr (Gates == 1) {
+          for_vectors_of<NV, typename Shape::V>(count * Shape::V::size, product);
+        } else {
+          product(Part<NV>{});
+        }
+      }
+      use(begin, static_cast<int>(count), sums, Shape::width);
+    }
   }
 
  private:
@@ -78,85 +122,6 @@ class StepWeights {
   Panel panel_of(int64_t j) const {
     if (j < first_packed_) return {w_ + j * Shape::width, ld_, Shape::width};
     return {panels_ + (j - first_packed_) * Shape::panel_numbers(k_), Shape::step, Shape::panel_numbers(k_)};
-  }
-
-  // One row: as many vectors side by side as hide the latency of a sum, from wherever they lie.
-  template <class Use>
-  FASTSEQ_INLINE void for_each_vector(const T* a, const KPiece* pieces, int pieces_n, Range mine, bool backwards,
-                                      const Use& use) const {
-    using V = typename Shape::V;
-    constexpr int UV = Shape::unit_vectors, kMost = 8 / Gates;
-    alignas(64) Compute<T> sums[kMost * Gates * V::size];
-    const int64_t from_panel = mine.begin / UV * UV, passes = (mine.end - from_panel + kMost - 1) / kMost;
-    for (int64_t n = 0; n < passes; ++n) {
-      const int64_t begin = from_panel + (backwards ? passes - 1 - n : n) * kMost;
-      const int64_t first = begin < mine.begin ? mine.begin : begin;
-      const int64_t end = begin + kMost < mine.end ? begin + kMost : mine.end;
-      const int count = static_cast<int>(end - first);
-      const Panel panel = panel_of(first / UV);
-      for_vectors_of<kMost, V>(count * V::size, [&](auto vectors) {
-        constexpr int N = decltype(vectors)::value * Gates, NV = Shape::vectors;
-        const auto product = [&](auto from) __attribute__((always_inline)) {
-          row_product<N, decltype(from)::value, NV>(a, pieces, pieces_n, panel.data, panel.step, panel.block, sums);
-        };
-        if constexpr (UV > 1)
-          if (first % UV == 1) return product(Part<1>{});
-        if constexpr (UV > 2) {
-          if (first % UV == 2) return product(Part<2>{});
-          if (first % UV == 3) return product(Part<3>{});
-        }
-        product(Part<0>{});
-      });
-      if constexpr (Gates == 1) {
-        use(first, count, sums, 0);
-      } else {
-        for (int i = 0; i < count; ++i) use(first + i, 1, sums + i * Shape::width, 0);
-      }
-    }
-  }
-
-  template <class Use>
-  FASTSEQ_INLINE void for_each_panel(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
-                                     Range mine, bool backwards, const Use& use) const {
-    constexpr int NV = Shape::vectors, UV = Shape::unit_vectors;
-    alignas(64) Compute<T> sums[kRowBlock * Shape::width];
-    const Range blocks{mine.begin / UV, (mine.end + UV - 1) / UV};
-    const int64_t all = blocks.end - blocks.begin;
-    Workspace<typename Terms<T>::Left> memory;
-    typename Terms<T>::Left* gathered = nullptr;
-    const bool direct = kTransposed && blocks.end <= first_packed_;
-    if (Terms<T>::count > 1 && !direct) {
-      int64_t k = 0;
-      for (int p = 0; p < pieces_n; ++p) k += whole_steps<T>(pieces[p].size);
-      gathered = memory.allocate(rows * k);
-      if (gathered) gather_rows(a, lda, rows, pieces, pieces_n, gathered);
-    }
-    const bool far = all * Shape::panel_numbers(k_) * static_cast<int64_t>(sizeof(T)) >= kBytesFar;
-    for (int64_t n = 0; n < all; ++n) {
-      const int64_t j = backwards ? blocks.end - 1 - n : blocks.begin + n;
-      const int64_t begin = j * UV > mine.begin ? j * UV : mine.begin;
-      const int64_t count = ((j + 1) * UV < mine.end ? (j + 1) * UV : mine.end) - begin;
-      if (direct) {
-        const int64_t unit = begin * Shape::V::size, left = n_ - unit, most = count * Shape::V::size;
-        direct_product<Gates>(
-            a + pieces[0].column, lda, rows, w_, ld_, n_, pieces[0].size, unit, left < most ? left : most, sums);
-      } else {
-        const Panel panel = panel_of(j);
-        const T* const data = panel.data + (begin - j * UV) * Shape::V::size * Terms<T>::count;
-        const bool more = far && n + 1 < all && panel.step == Shape::step;
-        const T* const next = more ? panel.data + (backwards ? -panel.block : panel.block) : nullptr;
-        const auto product = [&](auto part) __attribute__((always_inline)) {
-          constexpr int vectors = decltype(part)::value;
-          panel_product<vectors, NV>(a, lda, rows, pieces, pieces_n, data, panel.step, sums, gathered, next);
-        };
-        if constexpr (Gates == 1) {
-          for_vectors_of<NV, typename Shape::V>(count * Shape::V::size, product);
-        } else {
-          product(Part<NV>{});
-        }
-      }
-      use(begin, static_cast<int>(count), sums, Shape::width);
-    }
   }
 
   const T* w_ = nullptr;
