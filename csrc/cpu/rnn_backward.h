@@ -340,7 +340,7 @@ void rnn_backward(const RnnBackward<T>& p) {
       for (int d = 0; d < p.directions; ++d) directions[d].begin_chunk(s0, s1);
       for (int64_t end = s1; end > s0; end -= piece) {
         const int64_t begin = end - s0 > piece ? end - piece : s0;
-        run_plan(p.threads, p.schedule, p.directions, directions[0].work(), shares,
+        run_plan(p.threads, p.schedule, {begin, end}, p.directions, directions[0].work(), shares,
                  [&](int d, Range rows, Share share, Barrier& barrier) {
                    directions[d].run(begin, end, rows, share, barrier);
                  });

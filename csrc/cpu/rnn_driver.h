@@ -142,41 +142,56 @@ class RowShares {
   }
   int groups() const { return groups_; }
 
-  // Consecutive rows, which have about so large a part of all row-steps.
-  Range rows(const Schedule& schedule, int i) const {
-    if (!schedule.batch_sizes) return {schedule.batch * cuts_[i] / kAll, schedule.batch * cuts_[i + 1] / kAll};
-    const int64_t total = schedule.total_rows();
-    Range out{schedule.batch, schedule.batch};
-    int64_t length = schedule.steps, done = 0;
+  struct Group {
+    Range rows;
+    int64_t row_steps;
+  };
+  // Consecutive rows, which have group i's part of what is to be done at some times.
+  Group group(const Schedule& schedule, Range times, int i) const {
+    if (!schedule.batch_sizes) {
+      const Range rows{schedule.batch * cuts_[i] / kAll, schedule.batch * cuts_[i + 1] / kAll};
+      return {rows, (rows.end - rows.begin) * (times.end - times.begin)};
+    }
+    const int64_t total = schedule.offset(times.end) - schedule.offset(times.begin);
+    const int64_t from = total * cuts_[i] / kAll, to = total * cuts_[i + 1] / kAll;
+    Group out{{schedule.batch, schedule.batch}, 0};
+    int64_t end = times.end, done = 0;  // of row r, and of all rows before it
     for (int64_t r = 0; r < schedule.batch; ++r) {
-      if (out.begin == schedule.batch && done >= total * cuts_[i] / kAll) out.begin = r;
-      if (i + 1 < groups_ && done >= total * cuts_[i + 1] / kAll) {
-        out.end = r;
+      if (out.rows.begin == schedule.batch && done >= from) out.rows.begin = r;
+      if (i + 1 < groups_ && done >= to) {
+        out.rows.end = r;
         break;
       }
-      while (length > 0 && schedule.rows(length - 1) <= r) --length;
-      done += length;
+      while (end > times.begin && schedule.rows(end - 1) <= r) --end;
+      done += end - times.begin;
+      if (out.rows.begin <= r) out.row_steps += end - times.begin;
     }
     return out;
   }
 
-  void took(int i, int64_t nanoseconds) { took_[i] = nanoseconds; }
-  // After all groups have said what they took.
+  void took(int i, int64_t row_steps, int64_t nanoseconds) { done_[i] = row_steps, took_[i] = nanoseconds; }
+  // After all groups have said what they have done.
   void adjust() {
     double speeds[kMost], all = 0;
     int64_t longest = 0, sum = 0;
     for (int i = 0; i < groups_; ++i) {
-      if (took_[i] <= 0) return;
-      speeds[i] = static_cast<double>(cuts_[i + 1] - cuts_[i]) / static_cast<double>(took_[i]);
+      if (done_[i] <= 0 || took_[i] <= 0) return;
+      speeds[i] = static_cast<double>(done_[i]) / static_cast<double>(took_[i]);
       all += speeds[i];
       sum += took_[i];
       if (took_[i] > longest) longest = took_[i];
     }
     if (longest * groups_ <= sum + sum / kWorthwhile) return;
-    double so_far = 0;
+    // Nobody is left without rows: he could not be seen to be fast again.
+    const double least = all / (4 * groups_);
+    double sum_of_parts = 0, so_far = 0;
+    for (int i = 0; i < groups_; ++i) {
+      if (speeds[i] < least) speeds[i] = least;
+      sum_of_parts += speeds[i];
+    }
     for (int i = 0; i + 1 < groups_; ++i) {
       so_far += speeds[i];
-      cuts_[i + 1] = static_cast<int64_t>(kAll * (so_far / all));
+      cuts_[i + 1] = static_cast<int64_t>(kAll * (so_far / sum_of_parts));
     }
   }
 
@@ -184,13 +199,13 @@ class RowShares {
   static constexpr int64_t kAll = 1 << 20;
   static constexpr int64_t kWorthwhile = 24;  // the part of the time that is to be gained
   int groups_ = 0;
-  int64_t cuts_[kMost + 1], took_[kMost];
+  int64_t cuts_[kMost + 1], done_[kMost], took_[kMost];
 };
 
-// Runs loop(direction, rows, share, barrier) for every part of the plan. `shares`, one a direction, are from the call
-// before, in the same sequence.
+// Runs loop(direction, rows, share, barrier) for every part of the plan of some steps. `shares`, one a direction, are
+// from the steps before.
 template <class Loop>
-void run_plan(int threads, const Schedule& schedule, int directions, const Work& work, RowShares* shares,
+void run_plan(int threads, const Schedule& schedule, Range steps, int directions, const Work& work, RowShares* shares,
               const Loop& loop) {
   if (threads > RowShares::kMost) threads = RowShares::kMost;
   Workspace<Barrier> memory;
@@ -217,9 +232,11 @@ void run_plan(int threads, const Schedule& schedule, int directions, const Work&
     if (!same) others.begin(plan.row_groups);
     for (int task = member; task < plan.tasks(); task += team) {
       const int d = task / plan.row_groups, group = task % plan.row_groups;
+      const Range times = d == 0 ? steps : Range{schedule.steps - steps.end, schedule.steps - steps.begin};
+      const RowShares::Group mine = (same ? shares[d] : others).group(schedule, times, group);
       const int64_t begin = Crowd::now();
-      loop(d, (same ? shares[d] : others).rows(schedule, group), Share{0, 1}, barriers[task]);
-      if (same) shares[d].took(group, Crowd::now() - begin);
+      loop(d, mine.rows, Share{0, 1}, barriers[task]);
+      if (same) shares[d].took(group, mine.row_steps, Crowd::now() - begin);
     }
   });
   if (as_expected && expected.row_groups > 1)

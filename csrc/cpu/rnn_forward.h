@@ -293,7 +293,7 @@ void rnn_forward(const RnnForward<T>& p) {
       const int64_t s1 = s0 + chunk < T_ ? s0 + chunk : T_;
       for (int d = 0; d < p.directions; ++d) directions[d].project_input(s0, s1);
       run_plan(
-          p.threads, p.schedule, p.directions, directions[0].work(), shares,
+          p.threads, p.schedule, {s0, s1}, p.directions, directions[0].work(), shares,
           [&](int d, Range rows, Share share, Barrier& barrier) { directions[d].run(s0, s1, rows, share, barrier); });
     }
   }
