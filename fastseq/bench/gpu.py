@@ -7,6 +7,7 @@ single rounds. Work that the host does between launches is part of it, as it is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import statistics
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ from fastseq.bench.report import Table, duration
 
 OURS = "fastseq"
 ROUNDS, BURST = 11, 0.02  # seconds
-# Of |a - b| / |b|, whole tensors: numbers of 16 bits, and float32 of which a peer's factors are rounded to TF32.
-TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 3e-3}
+# Of |a - b| / |b|, whole tensors; of float32 whose factors may be rounded to TF32, another.
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+TF32_TOLERANCE = 3e-3
 
 Step = Callable[[], list[Tensor]]
 """One call of a contender; returns its results: outputs, or the gradients of inputs and weights."""
@@ -32,7 +34,7 @@ Step = Callable[[], list[Tensor]]
 
 @dataclass(frozen=True)
 class RecurrentPoint:
-    """A layer: its class in torch.nn and fastseq, sizes, directions D, number type."""
+    """A layer: its class in torch.nn and fastseq, sizes, directions D, number type, and whether TF32 is allowed."""
 
     layer: str
     T: int
@@ -41,10 +43,12 @@ class RecurrentPoint:
     H: int
     D: int = 1
     dtype: torch.dtype = torch.bfloat16
+    tf32: bool = False
 
     def __str__(self) -> str:
         directions = " bidirectional" if self.D == 2 else ""
-        return f"{self.layer} {_name(self.dtype)} T{self.T} B{self.B} I{self.I} H{self.H}{directions}"
+        number = "TF32" if self.tf32 else _name(self.dtype)
+        return f"{self.layer} {number} T{self.T} B{self.B} I{self.I} H{self.H}{directions}"
 
     def contenders(self, training: bool, device: str) -> dict[str, Step]:
         """By name, those that compute this, on the same weights and numbers."""
@@ -81,6 +85,7 @@ class AttentionPoint:
     size: int
     causal: bool = False
     dtype: torch.dtype = torch.bfloat16
+    tf32: bool = False
 
     def __str__(self) -> str:
         heads = f"N{self.N}" if self.N == self.N_kv else f"N{self.N}/{self.N_kv}"
@@ -140,6 +145,7 @@ def points(quick: bool) -> Iterator[AnyPoint]:
         for size in sizes:
             for dtype in (half, single) if quick else (half, torch.float16, single):
                 yield RecurrentPoint(layer, *size, dtype)
+            yield RecurrentPoint(layer, *size, single, tf32=True)
     for size in (64, 128):
         for causal in (False, True):
             yield AttentionPoint(4, 16, 16, 4096, 4096, size, causal)
@@ -176,8 +182,26 @@ def machine(device: str) -> dict[str, str]:
 
 def measure(point: AnyPoint, training: bool, device: str, rounds: int = ROUNDS) -> dict[str, Any]:
     """The seconds of a call, of every round, by contender; or why there are none."""
+    with _tf32(point.tf32):
+        return _measure(point, training, device, rounds)
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Of cuDNN, which allows it unless told otherwise, and of products, which do not and which fastseq goes by."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def _measure(point: AnyPoint, training: bool, device: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     steps = point.contenders(training, device)
+    tolerance = TF32_TOLERANCE if point.tf32 else TOLERANCE[point.dtype]
     row: dict[str, Any] = {"point": str(point), "training": training, "work": point.work(training), "seconds": {}}
     row["failed"], row["difference"] = {}, {}
     wanted = [t.detach() for t in steps[OURS]()]
@@ -191,7 +215,7 @@ def measure(point: AnyPoint, training: bool, device: str, rounds: int = ROUNDS) 
             row["failed"][name] = str(error).splitlines()[0]
             continue
         row["difference"][name] = worst
-        if not worst <= TOLERANCE[point.dtype]:
+        if not worst <= tolerance:
             row["failed"][name] = f"differs from fastseq's by {worst:.1e} of its size"
             continue
         calls[name] = max(1, min(200, int(BURST / max(once, 1e-6))))
