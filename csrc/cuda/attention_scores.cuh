@@ -124,7 +124,8 @@ struct Sight {
   __device__ int end_query(int j) const { return within(j - low + 1, queries); }
   // Of `most` keys from j0 on.
   __device__ Visible keys_of(int i, int j0, int most) const {
-    return {within(first_key(i) - j0, most), within(end_key(i) - j0, most)};
+    const int behind = i + (high + 1 - j0), here = keys - j0;
+    return {within(i + (low - j0), most), within(behind < here ? behind : here, most)};
   }
   __device__ bool sees(int i, int j) const { return i < queries && j < keys && low <= j - i && j - i <= high; }
   // Whether queries [i0, i1) see all keys [j0, j1), were they there.

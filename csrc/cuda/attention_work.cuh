@@ -56,22 +56,24 @@ int64_t forward_blocks(const Attention<T, A>& p, const ForwardGrid& grid) {
 
 template <class T, int kRows, bool kFew>
 struct ForwardWork {
-  AttentionForward<T, Computed<T>> p;  // of the batch entry
-  int64_t batch;
-  int kv_head, first_head, split, group;
+  const AttentionForward<T, Computed<T>>& all;
+  Attention<T, Computed<T>> p;  // of the batch entry
+  int batch, kv_head, first_head, split, group;
   int first_row, here;  // of the pack of rows
   bool any;
 
-  __device__ ForwardWork(const AttentionForward<T, Computed<T>>& all, const ForwardGrid& grid) {
+  __device__ ForwardWork(const AttentionForward<T, Computed<T>>& all, const ForwardGrid& grid) : all(all) {
     // Tiles of a head are neighbours, so that its keys are read from L2; the last, which may see most, go first.
-    int64_t block = blockIdx.x;
-    split = static_cast<int>(block % grid.splits), block /= grid.splits;
-    first_row = static_cast<int>(grid.tiles - 1 - block % grid.tiles) * kRows, block /= grid.tiles;
-    group = static_cast<int>(all.heads / all.kv_heads);
-    const int64_t packs = kFew ? all.kv_heads : all.heads;
-    const int pack = static_cast<int>(block % packs);
+    // There are fewer blocks than 32 bits count, so that each part of their number is less, too.
+    const int splits = static_cast<int>(grid.splits), tiles = static_cast<int>(grid.tiles);
+    const int heads = static_cast<int>(all.heads), kv_heads = static_cast<int>(all.kv_heads);
+    int block = static_cast<int>(blockIdx.x);
+    split = block % splits, block /= splits;
+    first_row = (tiles - 1 - block % tiles) * kRows, block /= tiles;
+    group = heads / kv_heads;
+    const int packs = kFew ? kv_heads : heads, pack = block % packs;
     batch = block / packs;
-    p = entry(all, batch);
+    p = entry<Attention<T, Computed<T>>>(all, batch);
     kv_head = kFew ? pack : pack / group, first_head = kFew ? pack * group : pack;
     const int rows = static_cast<int>(kFew ? group * p.queries : p.queries);
     here = rows - first_row < kRows ? rows - first_row : kRows;
@@ -86,6 +88,11 @@ struct ForwardWork {
   }
   __device__ const T* query_at(int row) const { return p.q.at(head(row), query(row)); }
 
+  // Output and lse of the batch entry. They are needed at the end alone, and found there: until then they would take
+  // registers from the sums.
+  __device__ Heads<T> out() const { return of_entry(all.out); }
+  __device__ RowNumbers<Computed<T>> lse() const { return of_entry(all.lse); }
+
   // The queries that rows may be of.
   __device__ int first_query() const { return kFew ? 0 : first_row; }
   __device__ int end_query() const { return kFew ? static_cast<int>(p.queries) : first_row + here; }
@@ -98,6 +105,13 @@ struct ForwardWork {
     const int last = sight.end_key(end_query() - 1), end = (split + 1) * kSplitKeys;
     return kFew && last > end ? end : last;
   }
+
+ private:
+  template <class Numbers>
+  __device__ Numbers of_entry(Numbers numbers) const {
+    move(numbers, batch, all.ragged_queries.first(batch));
+    return numbers;
+  }
 };
 
 // Output and lse of a row, or its state over a split, from the state of its softmax: write(to, factor) stores the
@@ -107,13 +121,13 @@ __device__ void finish_row(const ForwardWork<T, kRows, kFew>& work, const SplitS
                            A total, A kept, bool leader, const Write& write) {
   const int n = work.head(row), i = work.query(row);
   if constexpr (kFew) {
-    const int64_t state = states.at(work.batch * work.p.heads + n, i, work.split);
+    const int64_t state = states.at(int64_t{work.batch} * work.p.heads + n, i, work.split);
     if (leader) states.largest(state) = largest, states.total(state) = total;
     write(states.sums(state), kept);
   } else {
-    write(work.p.out.at(n, i), total == 0 ? A(0) : kept / total);
-    if (leader && work.p.lse.data)
-      work.p.lse.of(n)[i] = total == 0 ? -kInfinity<A> : fma(largest, static_cast<A>(kLn2), natural_log(total));
+    write(work.out().at(n, i), total == 0 ? A(0) : kept / total);
+    if (leader && work.all.lse.data)
+      work.lse().of(n)[i] = total == 0 ? -kInfinity<A> : fma(largest, static_cast<A>(kLn2), natural_log(total));
   }
 }
 
