@@ -47,11 +47,12 @@ __global__ void __launch_bounds__(kTileThreads)
   T* const stages = values + kKeys * kSize;
   float* const row_numbers = reinterpret_cast<float*>(memory + Shape::kTileBytes);
 
-  int64_t block = blockIdx.x;
-  const int j0 = static_cast<int>(block % tiles) * kKeys;
-  block /= tiles;
-  const int kv_head = static_cast<int>(block % all.kv_heads);
-  const int64_t b = block / all.kv_heads;
+  // All parts of a block's number are of 32 bits, as it is itself.
+  int block = static_cast<int>(blockIdx.x);
+  const int key_tiles = static_cast<int>(tiles), kv_heads = static_cast<int>(all.kv_heads);
+  const int j0 = block % key_tiles * kKeys;
+  block /= key_tiles;
+  const int kv_head = block % kv_heads, b = block / kv_heads;
   const auto p = entry(all, b);
   if (j0 >= p.keys) return;
   const int here = static_cast<int>(p.keys) - j0 < kKeys ? static_cast<int>(p.keys) - j0 : kKeys;
@@ -72,9 +73,9 @@ __global__ void __launch_bounds__(kTileThreads)
   const auto load_queries = [&](int n, int i0, int stage) {
     T* const to = stages + stage * 2 * kQueries * kSize;
     const int rows = sight.queries - i0 < kQueries ? sight.queries - i0 : kQueries;
-    const T *const q = p.q.at(n, i0), *const d_out = p.d_out.at(n, i0);
-    load_tile<kQueries, kSize>(to, q, p.q.row, rows, size, q_chunks);
-    load_tile<kQueries, kSize>(to + kQueries * kSize, d_out, p.d_out.row, rows, value_size, d_out_chunks);
+    const T *const q = p.q.at(n, 0), *const d_out = p.d_out.at(n, 0);
+    load_tile<kQueries, kSize>(to, q, p.q.row, i0, rows, size, q_chunks);
+    load_tile<kQueries, kSize>(to + kQueries * kSize, d_out, p.d_out.row, i0, rows, value_size, d_out_chunks);
     cp_async_commit();
     const int row = threadIdx.x;
     next_shift = row < rows ? shift_of(p.lse.of(n)[i0 + row]) : kInfinity<float>;
@@ -91,9 +92,9 @@ __global__ void __launch_bounds__(kTileThreads)
   clear<kTiles, kColumnGroups>(dv);
   int n = kv_head * group, i0 = first;
   if (first < end) {
-    const T *const k = p.k.at(kv_head, j0), *const v = p.v.at(kv_head, j0);
-    load_tile<kKeys, kSize>(keys, k, p.k.row, here, size, in_chunks(k, p.k.row));
-    load_tile<kKeys, kSize>(values, v, p.v.row, here, value_size, in_chunks(v, p.v.row));
+    const T *const k = p.k.at(kv_head, 0), *const v = p.v.at(kv_head, 0);
+    load_tile<kKeys, kSize>(keys, k, p.k.row, j0, here, size, in_chunks(k, p.k.row));
+    load_tile<kKeys, kSize>(values, v, p.v.row, j0, here, value_size, in_chunks(v, p.v.row));
     load_queries(n, i0, 0);
     keep_row_numbers(0);
   } else {
@@ -145,8 +146,9 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row + 16 * m + 8 * h + place.row;
       if (row >= here) continue;
-      store_row(p.dk.at(kv_head, j0 + row), size, column0, dk[m], h, static_cast<float>(p.scale));
-      store_row(p.dv.at(kv_head, j0 + row), value_size, column0, dv[m], h, 1.0f);
+      const auto to_dk = of_entry(all.dk, b, all.ragged_keys), to_dv = of_entry(all.dv, b, all.ragged_keys);
+      store_row(to_dk.at(kv_head, j0 + row), size, column0, dk[m], h, static_cast<float>(p.scale));
+      store_row(to_dv.at(kv_head, j0 + row), value_size, column0, dv[m], h, 1.0f);
     }
 }
 
@@ -186,8 +188,8 @@ __global__ void __launch_bounds__(kTileThreads)
   const auto load_keys = [&](int j0, int stage) {
     T* const to = stages + stage * 2 * kKeys * kSize;
     const int rows = sight.keys - j0;
-    load_tile<kKeys, kSize>(to, k + j0 * p.k.row, p.k.row, rows, size, k_chunks);
-    load_tile<kKeys, kSize>(to + kKeys * kSize, v + j0 * p.v.row, p.v.row, rows, value_size, v_chunks);
+    load_tile<kKeys, kSize>(to, k, p.k.row, j0, rows, size, k_chunks);
+    load_tile<kKeys, kSize>(to + kKeys * kSize, v, p.v.row, j0, rows, value_size, v_chunks);
     cp_async_commit();
   };
 
@@ -205,9 +207,9 @@ __global__ void __launch_bounds__(kTileThreads)
 
   const int first = sight.first_key(i0) / kKeys * kKeys, end = sight.end_key(i0 + here - 1);
   if (first < end) {
-    const T *const q = p.q.at(n, i0), *const from = p.d_out.at(n, i0);
-    load_tile<kRows, kSize>(queries, q, p.q.row, here, size, in_chunks(q, p.q.row));
-    load_tile<kRows, kSize>(d_out, from, p.d_out.row, here, value_size, in_chunks(from, p.d_out.row));
+    const T *const q = p.q.at(n, 0), *const from = p.d_out.at(n, 0);
+    load_tile<kRows, kSize>(queries, q, p.q.row, i0, here, size, in_chunks(q, p.q.row));
+    load_tile<kRows, kSize>(d_out, from, p.d_out.row, i0, here, value_size, in_chunks(from, p.d_out.row));
     load_keys(first, 0);
   }
   int stage = 0;

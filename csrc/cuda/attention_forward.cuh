@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const auto load_keys = [&](int j0, int stage) {
     T* const to = tiles + stage * 2 * kKeys * kSize;
     const int here = sight.keys - j0;
-    load_tile<kKeys, kSize>(to, k + j0 * p.k.row, p.k.row, here, size, k_chunks);
-    load_tile<kKeys, kSize>(to + kKeys * kSize, v + j0 * p.v.row, p.v.row, here, value_size, v_chunks);
+    load_tile<kKeys, kSize>(to, k, p.k.row, j0, here, size, k_chunks);
+    load_tile<kKeys, kSize>(to + kKeys * kSize, v, p.v.row, j0, here, value_size, v_chunks);
     cp_async_commit();
   };
 

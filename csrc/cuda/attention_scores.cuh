@@ -100,6 +100,14 @@ bool counts_fit(const Attention<T, A>& p) {
   return p.queries <= kMostRows && p.keys <= kMostRows && p.heads <= kMostRows;
 }
 
+// Of batch entry b. What is needed at a kernel's end alone is found there by this: until then, a place in `entry` would
+// take registers from sums.
+template <class Numbers>
+__device__ Numbers of_entry(Numbers numbers, int b, const Ragged& rows) {
+  move(numbers, b, rows.first(b));
+  return numbers;
+}
+
 // A range of a block's rows or columns.
 struct Visible {
   int begin, end;

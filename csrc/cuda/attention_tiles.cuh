@@ -43,7 +43,9 @@ __device__ void load_chunk(T* to, const T* from, int valid, bool chunks) {
   *reinterpret_cast<Words4*>(to) = words;
 }
 
-// A tile of kRows rows, of which the first `rows` are there, with `size` numbers each, and all else is zeros.
+// A tile of kRows rows from row0 on, of which the first `rows` are there, with `size` numbers each, and all else is
+// zeros. Rows are counted from the head's first: a thread's place in a tile, kept from tile to tile, would take four
+// registers.
 template <int kSize>
 struct TileLoad {
   static constexpr int kChunks = kSize / kChunk, kStep = kTileThreads / kChunks;  // rows that all threads load at once
@@ -51,16 +53,16 @@ struct TileLoad {
   __device__ TileLoad() : row(threadIdx.x / kChunks), chunk(threadIdx.x % kChunks) {}
 };
 template <int kRows, int kSize, class T>
-__device__ void load_tile(T* tile, const T* from, int64_t stride, int rows, int size, bool chunks) {
+__device__ void load_tile(T* tile, const T* head, int64_t stride, int row0, int rows, int size, bool chunks) {
   using Load = TileLoad<kSize>;
   static_assert(kRows % Load::kStep == 0, "each thread has as many chunks");
   const Load mine;
   const int valid = size - mine.chunk * kChunk;
-  const T* at = from + mine.row * stride + mine.chunk * kChunk;
+  const T* at = head + (row0 + mine.row) * stride + mine.chunk * kChunk;
 #pragma unroll
   for (int row = 0; row < kRows; row += Load::kStep, at += Load::kStep * stride) {
     const bool there = mine.row + row < rows && valid > 0;
-    load_chunk(tile + tile_at<kSize>(mine.row + row, mine.chunk), there ? at : from, there ? valid : 0, chunks);
+    load_chunk(tile + tile_at<kSize>(mine.row + row, mine.chunk), there ? at : head, there ? valid : 0, chunks);
   }
 }
 // The same, where row r is at row_at(r).

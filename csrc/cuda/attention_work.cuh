@@ -88,10 +88,8 @@ struct ForwardWork {
   }
   __device__ const T* query_at(int row) const { return p.q.at(head(row), query(row)); }
 
-  // Output and lse of the batch entry. They are needed at the end alone, and found there: until then they would take
-  // registers from the sums.
-  __device__ Heads<T> out() const { return of_entry(all.out); }
-  __device__ RowNumbers<Computed<T>> lse() const { return of_entry(all.lse); }
+  __device__ Heads<T> out() const { return of_entry(all.out, batch, all.ragged_queries); }
+  __device__ RowNumbers<Computed<T>> lse() const { return of_entry(all.lse, batch, all.ragged_queries); }
 
   // The queries that rows may be of.
   __device__ int first_query() const { return kFew ? 0 : first_row; }
@@ -104,13 +102,6 @@ struct ForwardWork {
   __device__ int end_key(const Sight& sight) const {
     const int last = sight.end_key(end_query() - 1), end = (split + 1) * kSplitKeys;
     return kFew && last > end ? end : last;
-  }
-
- private:
-  template <class Numbers>
-  __device__ Numbers of_entry(Numbers numbers) const {
-    move(numbers, batch, all.ragged_queries.first(batch));
-    return numbers;
   }
 };
 
