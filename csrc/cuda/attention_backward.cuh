@@ -48,15 +48,14 @@ __global__ void __launch_bounds__(kTileThreads)
   float* const row_numbers = reinterpret_cast<float*>(memory + Shape::kTileBytes);
 
   // All parts of a block's number are of 32 bits, as it is itself.
-  int block = static_cast<int>(blockIdx.x);
-  const int key_tiles = static_cast<int>(tiles), kv_heads = static_cast<int>(all.kv_heads);
-  const int j0 = block % key_tiles * kKeys;
-  block /= key_tiles;
-  const int kv_head = block % kv_heads, b = block / kv_heads;
+  const unsigned block = blockIdx.x, key_tiles = static_cast<unsigned>(tiles);
+  const unsigned kv_heads = static_cast<unsigned>(all.kv_heads);
+  const int j0 = static_cast<int>(block % key_tiles) * kKeys, kv_head = static_cast<int>(block / key_tiles % kv_heads);
+  const unsigned b = block / key_tiles / kv_heads;
   const auto p = entry(all, b);
   if (j0 >= p.keys) return;
   const int here = static_cast<int>(p.keys) - j0 < kKeys ? static_cast<int>(p.keys) - j0 : kKeys;
-  const int column0 = blockIdx.y * Shape::kColumns;
+  const int column0 = Shape::kSlices == 1 ? 0 : blockIdx.y * Shape::kColumns;
   const Scores<T> scores(p);
   const Sight sight(p);
   const int size = static_cast<int>(p.size), value_size = static_cast<int>(p.value_size);
@@ -68,17 +67,20 @@ __global__ void __launch_bounds__(kTileThreads)
 
   const bool q_chunks = in_chunks(p.q.data, p.q.row, p.q.head);
   const bool d_out_chunks = in_chunks(p.d_out.data, p.d_out.row, p.d_out.head);
+  const int64_t query_row = all.ragged_queries.first(b);
   // Of the next tile of queries, this thread's shift and delta.
   float next_shift = 0, next_delta = 0;
   const auto load_queries = [&](int n, int i0, int stage) {
     T* const to = stages + stage * 2 * kQueries * kSize;
     const int rows = sight.queries - i0 < kQueries ? sight.queries - i0 : kQueries;
-    const T *const q = p.q.at(n, 0), *const d_out = p.d_out.at(n, 0);
-    load_tile<kQueries, kSize>(to, q, p.q.row, i0, rows, size, q_chunks);
-    load_tile<kQueries, kSize>(to + kQueries * kSize, d_out, p.d_out.row, i0, rows, value_size, d_out_chunks);
+    const T *const q = head_of(all.q, b, n), *const d_out = head_of(all.d_out, b, n);
+    const int64_t row0 = query_row + i0;
+    load_tile<kQueries, kSize>(to, q, p.q.row, row0, rows, size, q_chunks);
+    load_tile<kQueries, kSize>(to + kQueries * kSize, d_out, p.d_out.row, row0, rows, value_size, d_out_chunks);
     cp_async_commit();
     const int row = threadIdx.x;
-    next_shift = row < rows ? shift_of(p.lse.of(n)[i0 + row]) : kInfinity<float>;
+    const float* const lse = all.lse.data + b * all.lse.batch + n * all.lse.head;
+    next_shift = row < rows ? shift_of(lse[row0 + row]) : kInfinity<float>;
     next_delta = row < rows ? deltas[(b * all.heads + n) * all.queries + i0 + row] : 0;
   };
   const auto keep_row_numbers = [&](int stage) {
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kTileThreads)
             for (int h = 0; h < 2; ++h) {
               const int j = j0 + warp_row + 16 * m + 8 * h + place.row;
               float &x = s[m][g][2 * h + e], &y = d[m][g][2 * h + e];
-              if (!decltype(hidden)::value || sight.sees(i, j))
+              if (!decltype(hidden)::value || (kOptions ? sight.sees(i, j) : sight.in_band(i, j)))
                 score_gradient<kOptions>(scores, x, y, n, i, j, shift, less);
               else x = y = 0;
             }
@@ -140,13 +142,14 @@ __global__ void __launch_bounds__(kTileThreads)
     keep_row_numbers(stage ^ 1);
     n = next_n, i0 = next_i0;
   }
+  const int there = static_cast<int>(all.ragged_keys.count(b, all.keys)) - j0;
+  const auto to_dk = of_entry(all.dk, b, all.ragged_keys), to_dv = of_entry(all.dv, b, all.ragged_keys);
 #pragma unroll
   for (int m = 0; m < kTiles; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row + 16 * m + 8 * h + place.row;
-      if (row >= here) continue;
-      const auto to_dk = of_entry(all.dk, b, all.ragged_keys), to_dv = of_entry(all.dv, b, all.ragged_keys);
+      if (row >= there) continue;
       store_row(to_dk.at(kv_head, j0 + row), size, column0, dk[m], h, static_cast<float>(p.scale));
       store_row(to_dv.at(kv_head, j0 + row), value_size, column0, dv[m], h, 1.0f);
     }

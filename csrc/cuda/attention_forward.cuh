@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       const int row = warp_row + 16 * m + 8 * h + place.row;
       const float all_columns = row_sum(total[m][h]);
       if (row < work.here)
-        finish_row<kFew>(work, states, row, largest[m][h] * factor, all_columns, static_cast<float>(p.dropout.kept()), place.column == 0,
-                         [&](auto* to, float by) { store_row(to, value_size, 0, sums[m], h, by); });
+        finish_row<kFew>(work, states, row, largest[m][h] * factor, all_columns, static_cast<float>(p.dropout.kept()),
+                         place.column == 0, [&](auto* to, float by) { store_row(to, value_size, 0, sums[m], h, by); });
     }
 }
 

@@ -15,7 +15,7 @@ struct Shared {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kSimtThreads)
+__global__ void __launch_bounds__(kSimtThreads, 1)
     mask_gradient(const AttentionMaskBackward<T, Computed<T>> all, const Computed<T>* deltas, int64_t row_tiles,
                   int64_t column_tiles) {
   using A = Computed<T>;

@@ -100,10 +100,16 @@ bool counts_fit(const Attention<T, A>& p) {
   return p.queries <= kMostRows && p.keys <= kMostRows && p.heads <= kMostRows;
 }
 
+// Head n of batch entry b, from the first row of all entries on. It is the same for a whole block, as the places in
+// `entry` are, but no compiler sees that of those: what is read from Ragged takes registers of each thread.
+template <class T>
+__device__ const T* head_of(const Heads<const T>& heads, unsigned b, int n) {
+  return heads.data + b * heads.batch + n * heads.head;
+}
 // Of batch entry b. What is needed at a kernel's end alone is found there by this: until then, a place in `entry` would
 // take registers from sums.
 template <class Numbers>
-__device__ Numbers of_entry(Numbers numbers, int b, const Ragged& rows) {
+__device__ Numbers of_entry(Numbers numbers, unsigned b, const Ragged& rows) {
   move(numbers, b, rows.first(b));
   return numbers;
 }
@@ -135,7 +141,9 @@ struct Sight {
     const int behind = i + (high + 1 - j0), here = keys - j0;
     return {within(i + (low - j0), most), within(behind < here ? behind : here, most)};
   }
-  __device__ bool sees(int i, int j) const { return i < queries && j < keys && low <= j - i && j - i <= high; }
+  __device__ bool sees(int i, int j) const { return i < queries && j < keys && in_band(i, j); }
+  // The same of a query and a key that are there.
+  __device__ bool in_band(int i, int j) const { return low <= j - i && j - i <= high; }
   // Whether queries [i0, i1) see all keys [j0, j1), were they there.
   __device__ bool all(int i0, int i1, int j0, int j1) const { return j0 - (i1 - 1) >= low && j1 - 1 - i0 <= high; }
 

@@ -44,7 +44,7 @@ __device__ void load_chunk(T* to, const T* from, int valid, bool chunks) {
 }
 
 // A tile of kRows rows from row0 on, of which the first `rows` are there, with `size` numbers each, and all else is
-// zeros. Rows are counted from the head's first: a thread's place in a tile, kept from tile to tile, would take four
+// zeros. Rows are counted from the head's first: a thread's place in a tile, kept from tile to tile, would take
 // registers.
 template <int kSize>
 struct TileLoad {
@@ -52,8 +52,8 @@ struct TileLoad {
   int row, chunk;                                                                 // the first of this thread
   __device__ TileLoad() : row(threadIdx.x / kChunks), chunk(threadIdx.x % kChunks) {}
 };
-template <int kRows, int kSize, class T>
-__device__ void load_tile(T* tile, const T* head, int64_t stride, int row0, int rows, int size, bool chunks) {
+template <int kRows, int kSize, class T, class Row>
+__device__ void load_tile(T* tile, const T* head, int64_t stride, Row row0, int rows, int size, bool chunks) {
   using Load = TileLoad<kSize>;
   static_assert(kRows % Load::kStep == 0, "each thread has as many chunks");
   const Load mine;
@@ -120,11 +120,24 @@ __device__ void multiply_pair(float (&first)[4], float (&second)[4], const uint3
   mma<T>(second, left, right1);
 }
 
+// How far the loop over a row's terms is unrolled: of more, addresses take the registers. What is kept in registers
+// without spills differs by the compilers of the architectures; make cuda-budget tells.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <int kSize>
+constexpr int kUnroll =
+    kSize == 64    ? 2
+    : kSize == 128 ? 8
+                   : 4;
+#else
+template <int kSize>
+constexpr int kUnroll = 4;
+#endif
+
 // products = rows of `left` from row0 on times all rows of `right`, transposed.
 template <int kSize, class T, int kTiles, int kGroups>
 __device__ void multiply_rows(Fragments<kTiles, kGroups>& products, const T* left, int row0, const T* right) {
   clear<kTiles, kGroups>(products);
-#pragma unroll 4  // of more, addresses take the registers
+#pragma unroll kUnroll < kSize>
   for (int k = 0; k < kSize / 16; ++k) {
     uint32_t lefts[kTiles][4];
 #pragma unroll

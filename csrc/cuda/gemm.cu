@@ -37,21 +37,22 @@ __global__ void __launch_bounds__(kThreads) gemm_kernel(Lines<T> a, Lines<T> b, 
   const int64_t first_a = int64_t(blockIdx.y) * kTile, first_b = int64_t(blockIdx.x) * kTile;
   const int thread = threadIdx.x, row = thread / 16, column = thread % 16;
   A sums[kEach][kEach] = {};
-  const auto fetch = [&](const Lines<T>& from, int64_t first, A* to) {
+  const auto fetch = [&](const Lines<T>& from, int64_t first, int64_t begin, A* to) {
     for (int i = thread; i < kTile * kDepth; i += kThreads) {
       // Neighbours in memory by neighbouring threads.
       const int l = from.step == 1 ? i / kDepth : i % kTile, k = from.step == 1 ? i % kDepth : i / kTile;
       to[k * kRow + l] = A(0);
-      if (from.has(first + l, k)) to[k * kRow + l] = load(from.at(first + l, k));
+      if (from.has(first + l, begin + k)) to[k * kRow + l] = load(from.at(first + l, k));
     }
   };
   for (int64_t begin = 0; begin < a.depth; begin += kDepth) {
     Lines<T> here_a = a, here_b = b;
-    here_a.data += begin * a.step, here_a.depth -= begin;
-    here_b.data += begin * b.step, here_b.depth -= begin;
-    fetch(here_a, first_a, tile_a);
-    fetch(here_b, first_b, tile_b);
+    here_a.data += begin * a.step;
+    here_b.data += begin * b.step;
+    fetch(here_a, first_a, begin, tile_a);
+    fetch(here_b, first_b, begin, tile_b);
     __syncthreads();
+#pragma unroll 8
     for (int k = 0; k < kDepth; ++k) {
       A x[kEach], y[kEach];
 #pragma unroll
