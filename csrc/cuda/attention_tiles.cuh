@@ -120,24 +120,22 @@ __device__ void multiply_pair(float (&first)[4], float (&second)[4], const uint3
   mma<T>(second, left, right1);
 }
 
-// How far the loop over a row's terms is unrolled: of more, addresses take the registers. What is kept in registers
-// without spills differs by the compilers of the architectures; make cuda-budget tells.
+// How far the loop over a row's terms is unrolled, of kTiles times 16 rows: of more, addresses take the registers. What
+// stays in registers differs by the compilers of the architectures; found by trying, and make cuda-budget tells.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-template <int kSize>
-constexpr int kUnroll =
-    kSize == 64    ? 2
-    : kSize == 128 ? 8
-                   : 4;
+FASTSEQ_INLINE constexpr int unroll_of(int size, int) { return size == 64 ? 2 : size == 128 ? 8 : 4; }
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+FASTSEQ_INLINE constexpr int unroll_of(int size, int tiles) { return size == 128 && tiles == 2 ? 3 : 4; }
 #else
-template <int kSize>
-constexpr int kUnroll = 4;
+FASTSEQ_INLINE constexpr int unroll_of(int, int) { return 4; }
 #endif
 
 // products = rows of `left` from row0 on times all rows of `right`, transposed.
 template <int kSize, class T, int kTiles, int kGroups>
 __device__ void multiply_rows(Fragments<kTiles, kGroups>& products, const T* left, int row0, const T* right) {
   clear<kTiles, kGroups>(products);
-#pragma unroll kUnroll < kSize>
+  [[maybe_unused]] constexpr int kUnroll = unroll_of(kSize, kTiles);
+#pragma unroll kUnroll
   for (int k = 0; k < kSize / 16; ++k) {
     uint32_t lefts[kTiles][4];
 #pragma unroll
