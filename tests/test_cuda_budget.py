@@ -61,7 +61,10 @@ def measurement(name=NAME, instructions=FAST, **changes):
     ("changes", "found"),
     [
         ({"registers": 41}, ["registers: 40 in the table, 41 now"]),
-        ({"stack": 8, "spill_stores": 4}, ["local memory, stack: 0 in the table, 8 now", "local memory, stores: 0 in"]),
+        (
+            {"stack": 8, "spill_stores": 4},
+            [f"{NAME}: spills", "local memory, stack: 0 in the table, 8 now", "local memory, stores: 0 in"],
+        ),
         ({"instructions": FAST + Counter({"LDL": 3})}, ["local memory, instructions: 0 in the table, 3 now"]),
         ({"instructions": FAST - Counter({"LDSM": 2})}, [f"{NAME}: has no LDSM", "has no LDSM any more"]),
         ({"name": "add_kernel<float>"}, ["add_kernel<float>: is new", "is in the table, and is gone"]),

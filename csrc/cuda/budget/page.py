@@ -125,7 +125,8 @@ def spills(table: Table) -> str:
     hot = [name for name, row in table["kernels"].items() if "spills" in row and name.startswith(tuple(MEANT))]
     text += paragraph(
         "Bytes a thread in local memory; a kernel with a stack but without spills has an array there. More than these "
-        f"would fail. Kernels on tensor cores among them: {len(hot) or 'none'}."
+        "would fail, as would any of attention's kernels, of matrix products and of the persistent forward kernels. "
+        f"Kernels on tensor cores among them: {len(hot) or 'none'}."
     )
     return text + heading("kernel", "architecture", "stack", "spill stores", "spill loads") + "".join(rows)
 

@@ -207,6 +207,8 @@ def faults(measurement: Measurement) -> list[str]:
             where = f"sm_{architecture} {name}"
             if kernel.instructions is not None:
                 found += [f"{where}: has no {kind}" for kind in sass.meant(name) if not kernel.instructions[kind]]
+            if name.startswith(sass.WITHOUT_SPILLS) and (kernel.report.spill_stores or kernel.report.spill_loads):
+                found.append(f"{where}: spills")
             for launch in kernel.launches:
                 blocks = device.blocks_at_once(
                     launch.threads, kernel.report.registers, kernel.report.static_shared + launch.shared
