@@ -7,7 +7,7 @@
 namespace fastseq::cuda {
 
 template <class T, int kColumns, bool kFew>
-__global__ void __launch_bounds__(kSimtThreads)
+__global__ void __launch_bounds__(kSimtThreads, kFew ? 0 : 1)
     attention_forward_simt(const AttentionForward<T, Computed<T>> all, const ForwardGrid grid,
                            const SplitStates<Computed<T>> states) {
   using A = Computed<T>;
