@@ -12,36 +12,51 @@
 
 namespace fastseq::cuda {
 
-// Probabilities after dropout and dS take the place of the products and of dP. The arguments after them: of the number
-// at a fragment's place, what there is to know of its query and key.
+// A probability after dropout takes the place of the product of query i and key j; returned is what dS is made of
+// besides dP: the probability before it, times the score's derivative in the product, negative where dropout drops it.
 template <bool kOptions, class T>
-__device__ void score_gradient(const Scores<T>& scores, float& product, float& d_probability, int n, int i, int j,
-                               float shift, float delta) {
+__device__ float probability(const Scores<T>& scores, float& product, bool seen, int n, int i, int j, float shift) {
+  if (!seen) return product = 0;
   if constexpr (kOptions) {
-    const auto gradient = scores.gradient(product, d_probability, n, i, j, shift, delta);
-    product = gradient.probability, d_probability = gradient.d_score * gradient.derivative;
+    const auto score = scores.of(product, n, i, j);
+    const float probability = power_of_2(score.value - shift), multiplier = scores.multiplier(n, i, j);
+    product = probability * multiplier;
+    return multiplier == 0 ? -probability * score.derivative : probability * score.derivative;
   } else {
-    product = power_of_2(fma(product, scores.factor(), -shift));
-    d_probability = product * (d_probability - delta);
+    return product = power_of_2(fma(product, scores.factor(), -shift));
+  }
+}
+// dS of what was told. Where a query may not see a key it is 0, whatever dP is.
+template <bool kOptions, class T>
+__device__ float score_gradient(const Scores<T>& scores, float told, bool all_seen, float d_probability, float delta) {
+  if (!all_seen && told == 0) return 0;
+  if constexpr (kOptions) {
+    const float multiplier = as_word(told) >> 31 ? 0 : scores.kept();
+    return fabsf(told) * fma(multiplier, d_probability, -delta);
+  } else {
+    return told * (d_probability - delta);
   }
 }
 
+// A warp has dK and dV of its keys. Where registers hold no more than one of them, pairs of warps have keys: the first
+// has dV and hands on to the second, which has dK, what dS is made of besides dP.
 template <int kSize, bool kOptions>
 struct KeyGradientShape {
+  static constexpr bool kPairs = kSize > 128;
   static constexpr int kTiles = kSize > 64 || kOptions ? 1 : 2;
-  static constexpr int kKeys = kTileWarps * kTiles * 16, kQueries = kSize > 128 ? 16 : 32;
-  static constexpr int kColumns = kSize > 128 ? 128 : kSize;  // of dK and dV, which a block has
-  static constexpr int kSlices = kSize / kColumns;
+  static constexpr int kKeys = kTileWarps / (kPairs ? 2 : 1) * kTiles * 16;
+  static constexpr int kQueries = kSize > 128 ? 16 : kSize > 64 && !kOptions ? 64 : 32;
   static constexpr std::size_t kTileBytes = 2 * (2 * kKeys + 4 * kQueries) * kSize;
-  static constexpr std::size_t kShared = kTileBytes + 4 * kQueries * sizeof(float);
+  static constexpr std::size_t kHandedOn = kPairs ? kKeys * kQueries : 0;
+  static constexpr std::size_t kShared = kTileBytes + (4 * kQueries + kHandedOn) * sizeof(float);
 };
 
 template <class T, int kSize, bool kOptions>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 2)
     attention_key_gradients(const AttentionBackward<T, float> all, const float* deltas, int64_t tiles) {
   using Shape = KeyGradientShape<kSize, kOptions>;
   constexpr int kTiles = Shape::kTiles, kKeys = Shape::kKeys, kQueries = Shape::kQueries, kGroups = kQueries / 8;
-  constexpr int kColumnGroups = Shape::kColumns / 8;
+  constexpr bool kPairs = Shape::kPairs;
   FASTSEQ_SHARED(memory);
   T *const keys = reinterpret_cast<T*>(memory), *const values = keys + kKeys * kSize;
   T* const stages = values + kKeys * kSize;
@@ -55,18 +70,21 @@ __global__ void __launch_bounds__(kTileThreads)
   const auto p = entry(all, b);
   if (j0 >= p.keys) return;
   const int here = static_cast<int>(p.keys) - j0 < kKeys ? static_cast<int>(p.keys) - j0 : kKeys;
-  const int column0 = Shape::kSlices == 1 ? 0 : blockIdx.y * Shape::kColumns;
   const Scores<T> scores(p);
   const Sight sight(p);
   const int size = static_cast<int>(p.size), value_size = static_cast<int>(p.value_size);
   const FragmentPlace place;
-  const int warp_row = threadIdx.x / kWarp * kTiles * 16;
+  const int warp = threadIdx.x / kWarp, owner = kPairs ? warp / 2 : warp, warp_row = owner * kTiles * 16;
+  const bool has_dv = !kPairs || warp % 2 == 0;
+  // Of the pair and lane, for each fragment.
+  [[maybe_unused]] Words4* const handed_on =
+      reinterpret_cast<Words4*>(row_numbers + 4 * kQueries) + owner * kTiles * kGroups * kWarp + threadIdx.x % kWarp;
   const int group = static_cast<int>(p.heads / p.kv_heads), end_head = (kv_head + 1) * group;
   // The queries that see some of the keys.
   const int first = sight.first_query(j0) / kQueries * kQueries, end = sight.end_query(j0 + here - 1);
 
-  const bool q_chunks = in_chunks(p.q.data, p.q.row, p.q.head);
-  const bool d_out_chunks = in_chunks(p.d_out.data, p.d_out.row, p.d_out.head);
+  const bool q_chunks = in_chunks(p.q.data, size, p.q.row, p.q.head);
+  const bool d_out_chunks = in_chunks(p.d_out.data, value_size, p.d_out.row, p.d_out.head);
   const int64_t query_row = all.ragged_queries.first(b);
   // Of the next tile of queries, this thread's shift and delta.
   float next_shift = 0, next_delta = 0;
@@ -89,14 +107,14 @@ __global__ void __launch_bounds__(kTileThreads)
     row_numbers[stage * 2 * kQueries + kQueries + threadIdx.x] = next_delta;
   };
 
-  Fragments<kTiles, kColumnGroups> dk, dv;
-  clear<kTiles, kColumnGroups>(dk);
-  clear<kTiles, kColumnGroups>(dv);
+  Fragments<kTiles, kSize / 8> sums[kPairs ? 1 : 2];  // of dV and dK; of the second of a pair, dK
+#pragma unroll
+  for (auto& each : sums) clear<kTiles, kSize / 8>(each);
   int n = kv_head * group, i0 = first;
   if (first < end) {
     const T *const k = p.k.at(kv_head, 0), *const v = p.v.at(kv_head, 0);
-    load_tile<kKeys, kSize>(keys, k, p.k.row, j0, here, size, in_chunks(k, p.k.row));
-    load_tile<kKeys, kSize>(values, v, p.v.row, j0, here, value_size, in_chunks(v, p.v.row));
+    load_tile<kKeys, kSize>(keys, k, p.k.row, j0, here, size, in_chunks(k, size, p.k.row));
+    load_tile<kKeys, kSize>(values, v, p.v.row, j0, here, value_size, in_chunks(v, value_size, p.v.row));
     load_queries(n, i0, 0);
     keep_row_numbers(0);
   } else {
@@ -112,33 +130,84 @@ __global__ void __launch_bounds__(kTileThreads)
     const T *const queries = stages + stage * 2 * kQueries * kSize, *const d_out = queries + kQueries * kSize;
     const float *const shifts = row_numbers + stage * 2 * kQueries, *const delta = shifts + kQueries;
 
-    Fragments<kTiles, kGroups> s, d;
-    multiply_rows<kSize, T, kTiles, kGroups>(s, keys, warp_row, queries);
-    multiply_rows<kSize, T, kTiles, kGroups>(d, values, warp_row, d_out);
     // Keys that are not there get what nobody reads, and queries that are not there have a shift that hides them.
-    const auto gradients = [&](auto hidden) {
+    const auto sees = [&](int i, int j) { return kOptions ? sight.sees(i, j) : sight.in_band(i, j); };
+    const bool all_seen = !kOptions && sight.all(i0, i0 + kQueries, j0, j0 + kKeys);
+    if constexpr (kPairs) {
+      Fragments<kTiles, kGroups> x;
+      multiply_rows<kSize, T, kTiles, kGroups>(x, has_dv ? keys : values, warp_row, has_dv ? queries : d_out);
+      Lefts<kTiles, kGroups> left;
+      const auto round = [](uint32_t (&to)[2], const float (&from)[4]) {
+        to[0] = pack<T>(from[0], from[1]), to[1] = pack<T>(from[2], from[3]);
+      };
+      const auto probabilities = [&](auto hidden) {
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g)
+        for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * g + place.column + e, i = i0 + column;
-          const float shift = shifts[column], less = delta[column];
+          for (int m = 0; m < kTiles; ++m) {
+            Words4 told;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int column = 8 * g + place.column + e % 2, i = i0 + column;
+              const int j = j0 + warp_row + 16 * m + e / 2 * 8 + place.row;
+              const bool seen = !decltype(hidden)::value || sees(i, j);
+              told.word[e] = as_word(probability<kOptions>(scores, x[m][g][e], seen, n, i, j, shifts[column]));
+            }
+            round(left[m][g], x[m][g]);
+            handed_on[(m * kGroups + g) * kWarp] = told;
+          }
+      };
+      const auto gradients = [&](auto hidden) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+          for (int m = 0; m < kTiles; ++m) {
+            const Words4 told = handed_on[(m * kGroups + g) * kWarp];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const float less = delta[8 * g + place.column + e % 2];
+              float& y = x[m][g][e];
+              y = score_gradient<kOptions>(scores, as_float(told.word[e]), !decltype(hidden)::value, y, less);
+            }
+            round(left[m][g], x[m][g]);
+          }
+      };
+      if (has_dv) all_seen ? probabilities(std::false_type{}) : probabilities(std::true_type{});
+      __syncthreads();
+      if (!has_dv) all_seen ? gradients(std::false_type{}) : gradients(std::true_type{});
+      multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(sums[0], left, has_dv ? d_out : queries);
+    } else {
+      Fragments<kTiles, kGroups> s, d;
+      multiply_rows<kSize, T, kTiles, kGroups>(s, keys, warp_row, queries);
+      multiply_rows<kSize, T, kTiles, kGroups>(d, values, warp_row, d_out);
+      Lefts<kTiles, kGroups> probabilities, d_scores;
+      const auto gradients = [&](auto hidden) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          const int column = 8 * g + place.column;
+          const float shift[2] = {shifts[column], shifts[column + 1]}, less[2] = {delta[column], delta[column + 1]};
 #pragma unroll
           for (int m = 0; m < kTiles; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const int j = j0 + warp_row + 16 * m + 8 * h + place.row;
-              float &x = s[m][g][2 * h + e], &y = d[m][g][2 * h + e];
-              if (!decltype(hidden)::value || (kOptions ? sight.sees(i, j) : sight.in_band(i, j)))
-                score_gradient<kOptions>(scores, x, y, n, i, j, shift, less);
-              else x = y = 0;
+              float *const x = s[m][g] + 2 * h, *const y = d[m][g] + 2 * h;
+#pragma unroll
+              for (int e = 0; e < 2; ++e) {
+                constexpr bool kAllSeen = !decltype(hidden)::value;
+                const int i = i0 + column + e;
+                const float told = probability<kOptions>(scores, x[e], kAllSeen || sees(i, j), n, i, j, shift[e]);
+                y[e] = score_gradient<kOptions>(scores, told, kAllSeen, y[e], less[e]);
+              }
+              probabilities[m][g][h] = pack<T>(x[0], x[1]), d_scores[m][g][h] = pack<T>(y[0], y[1]);
             }
         }
-    };
-    if (!kOptions && sight.all(i0, i0 + kQueries, j0, j0 + kKeys)) gradients(std::false_type{});
-    else gradients(std::true_type{});
-    multiply_add<kSize, T, kTiles, kGroups, kColumnGroups>(dv, s, d_out, column0);
-    multiply_add<kSize, T, kTiles, kGroups, kColumnGroups>(dk, d, queries, column0);
+      };
+      if (all_seen) gradients(std::false_type{});
+      else gradients(std::true_type{});
+      multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(sums[0], probabilities, d_out);
+      multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(sums[1], d_scores, queries);
+    }
     keep_row_numbers(stage ^ 1);
     n = next_n, i0 = next_i0;
   }
@@ -150,20 +219,21 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row + 16 * m + 8 * h + place.row;
       if (row >= there) continue;
-      store_row(to_dk.at(kv_head, j0 + row), size, column0, dk[m], h, static_cast<float>(p.scale));
-      store_row(to_dv.at(kv_head, j0 + row), value_size, column0, dv[m], h, 1.0f);
+      if (has_dv) store_row(to_dv.at(kv_head, j0 + row), value_size, 0, sums[0][m], h, 1.0f);
+      if (!kPairs || !has_dv)
+        store_row(to_dk.at(kv_head, j0 + row), size, 0, sums[kPairs ? 0 : 1][m], h, static_cast<float>(p.scale));
     }
 }
 
 template <int kSize, bool kOptions>
 struct QueryGradientShape {
-  static constexpr int kTiles = kSize > 64 || kOptions ? 1 : 2;
+  static constexpr int kTiles = kSize > 128 || kOptions ? 1 : 2;
   static constexpr int kRows = kTileWarps * kTiles * 16, kKeys = kSize > 128 ? 16 : kTiles == 2 ? 32 : 64;
   static constexpr std::size_t kShared = 2 * (2 * kRows + 4 * kKeys) * kSize;
 };
 
 template <class T, int kSize, bool kOptions>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, 2)
     attention_query_gradients(const AttentionBackward<T, float> all, const float* deltas, int64_t tiles) {
   using Shape = QueryGradientShape<kSize, kOptions>;
   constexpr int kTiles = Shape::kTiles, kRows = Shape::kRows, kKeys = Shape::kKeys, kGroups = kKeys / 8;
@@ -187,7 +257,7 @@ __global__ void __launch_bounds__(kTileThreads)
   const int warp_row = threadIdx.x / kWarp * kTiles * 16;
 
   const T *const k = p.k.at(kv_head, 0), *const v = p.v.at(kv_head, 0);
-  const bool k_chunks = in_chunks(k, p.k.row), v_chunks = in_chunks(v, p.v.row);
+  const bool k_chunks = in_chunks(k, size, p.k.row), v_chunks = in_chunks(v, value_size, p.v.row);
   const auto load_keys = [&](int j0, int stage) {
     T* const to = stages + stage * 2 * kKeys * kSize;
     const int rows = sight.keys - j0;
@@ -211,8 +281,8 @@ __global__ void __launch_bounds__(kTileThreads)
   const int first = sight.first_key(i0) / kKeys * kKeys, end = sight.end_key(i0 + here - 1);
   if (first < end) {
     const T *const q = p.q.at(n, 0), *const from = p.d_out.at(n, 0);
-    load_tile<kRows, kSize>(queries, q, p.q.row, i0, here, size, in_chunks(q, p.q.row));
-    load_tile<kRows, kSize>(d_out, from, p.d_out.row, i0, here, value_size, in_chunks(from, p.d_out.row));
+    load_tile<kRows, kSize>(queries, q, p.q.row, i0, here, size, in_chunks(q, size, p.q.row));
+    load_tile<kRows, kSize>(d_out, from, p.d_out.row, i0, here, value_size, in_chunks(from, value_size, p.d_out.row));
     load_keys(first, 0);
   }
   int stage = 0;
@@ -226,25 +296,30 @@ __global__ void __launch_bounds__(kTileThreads)
     Fragments<kTiles, kGroups> s, d;
     multiply_rows<kSize, T, kTiles, kGroups>(s, queries, warp_row, keys);
     multiply_rows<kSize, T, kTiles, kGroups>(d, d_out, warp_row, values);
+    Lefts<kTiles, kGroups> d_scores;
     const auto gradients = [&](auto hidden) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
-          for (int g = 0; g < kGroups; ++g)
+          for (int g = 0; g < kGroups; ++g) {
+            const int i = i0 + warp_row + 16 * m + 8 * h + place.row;
+            float *const x = s[m][g] + 2 * h, *const y = d[m][g] + 2 * h;
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-              const int i = i0 + warp_row + 16 * m + 8 * h + place.row, j = j0 + 8 * g + place.column + e;
-              float &x = s[m][g][2 * h + e], &y = d[m][g][2 * h + e];
-              if (!decltype(hidden)::value || sight.sees(i, j))
-                score_gradient<kOptions>(scores, x, y, n, i, j, shift[m][h], delta[m][h]);
-              else y = 0;
+              constexpr bool kAllSeen = !decltype(hidden)::value;
+              const int j = j0 + 8 * g + place.column + e;
+              const bool seen = kAllSeen || sight.sees(i, j);
+              const float told = probability<kOptions>(scores, x[e], seen, n, i, j, shift[m][h]);
+              y[e] = score_gradient<kOptions>(scores, told, kAllSeen, y[e], delta[m][h]);
             }
+            d_scores[m][g][h] = pack<T>(y[0], y[1]);
+          }
     };
     if (!kOptions && j0 + kKeys <= sight.keys && sight.all(i0, i0 + here, j0, j0 + kKeys)) gradients(std::false_type{});
     else gradients(std::true_type{});
-    multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(dq, d, keys, 0);
+    multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(dq, d_scores, keys);
   }
 #pragma unroll
   for (int m = 0; m < kTiles; ++m)
@@ -264,7 +339,7 @@ cudaError_t launch_backward_tiles(const AttentionBackward<T, float>& p, const fl
     using Queries = QueryGradientShape<kSize, kOptions>;
     const int64_t key_tiles = blocks_of(p.keys, Keys::kKeys), query_tiles = blocks_of(p.queries, Queries::kRows);
     if (const cudaError_t error =
-            launch_blocks(attention_key_gradients<T, kSize, kOptions>, p.batch * p.kv_heads * key_tiles, Keys::kSlices,
+            launch_blocks(attention_key_gradients<T, kSize, kOptions>, p.batch * p.kv_heads * key_tiles, 1,
                           kTileThreads, Keys::kShared, stream, p, delta, key_tiles);
         error != cudaSuccess)
       return error;

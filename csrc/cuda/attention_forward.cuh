@@ -2,6 +2,9 @@
 //
 // A block keeps rows of queries; keys and values go by in tiles, of which the next is on its way by cp.async while this
 // one is multiplied. Scores, their exponentials and the sums of the output never leave registers.
+//
+// Where shared memory has room for two stages, a stage is a tile of keys and one of values. Where it has not, there is
+// one of each: values are on their way while scores are multiplied, and the next keys while values are.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -14,8 +17,17 @@ namespace fastseq::cuda {
 template <int kSize, bool kOptions, bool kFew>
 struct ForwardShape {
   static constexpr int kTiles = kFew || kSize > (kOptions ? 64 : 128) ? 1 : 2;
-  static constexpr int kRows = kTileWarps * kTiles * 16, kKeys = kSize > 128 ? 32 : 64;
-  static constexpr std::size_t kShared = 2 * (kRows + 4 * kKeys) * kSize;
+  static constexpr int kRows = kTileWarps * kTiles * 16, kKeys = kSize > 64 || kOptions || kFew ? 64 : 128;
+  static constexpr int kStages = kSize > 128 ? 1 : 2;
+  // What keeps numbers in registers, found by trying; make cuda-budget tells. How far the loop over a row of queries is
+  // unrolled, and whether scores are hidden before all else or row by row.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  static constexpr int kUnroll = kSize == 128 ? 5 : 4;
+#else
+  static constexpr int kUnroll = kSize == 128 ? 8 : 4;
+#endif
+  static constexpr bool kHideFirst = kSize == 64;
+  static constexpr std::size_t kShared = 2 * (kRows + kStages * 2 * kKeys) * kSize;
 };
 
 template <class T, int kSize, bool kOptions, bool kFew>
@@ -24,6 +36,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                             const SplitStates<float> states) {
   using Shape = ForwardShape<kSize, kOptions, kFew>;
   constexpr int kTiles = Shape::kTiles, kRows = Shape::kRows, kKeys = Shape::kKeys, kGroups = kKeys / 8;
+  constexpr int kStages = Shape::kStages;
   FASTSEQ_SHARED(memory);
   T* const queries = reinterpret_cast<T*>(memory);
   T* const tiles = queries + kRows * kSize;
@@ -38,13 +51,12 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const int warp_row = threadIdx.x / kWarp * kTiles * 16;
 
   const T *const k = p.k.at(work.kv_head, 0), *const v = p.v.at(work.kv_head, 0);
-  const bool k_chunks = in_chunks(k, p.k.row), v_chunks = in_chunks(v, p.v.row);
-  const auto load_keys = [&](int j0, int stage) {
-    T* const to = tiles + stage * 2 * kKeys * kSize;
-    const int here = sight.keys - j0;
-    load_tile<kKeys, kSize>(to, k, p.k.row, j0, here, size, k_chunks);
-    load_tile<kKeys, kSize>(to + kKeys * kSize, v, p.v.row, j0, here, value_size, v_chunks);
-    cp_async_commit();
+  const bool k_chunks = in_chunks(k, size, p.k.row), v_chunks = in_chunks(v, value_size, p.v.row);
+  const auto load_keys = [&](T* to, int j0) {
+    load_tile<kKeys, kSize>(to, k, p.k.row, j0, sight.keys - j0, size, k_chunks);
+  };
+  const auto load_values = [&](T* to, int j0) {
+    load_tile<kKeys, kSize>(to + kKeys * kSize, v, p.v.row, j0, sight.keys - j0, value_size, v_chunks);
   };
 
   Fragments<kTiles, kSize / 8> sums;
@@ -58,40 +70,67 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 
   const int first = work.first_key(sight) / kKeys * kKeys, end = work.end_key(sight);
   if (first < end) {
-    const bool chunks = in_chunks(p.q.data, p.q.row, p.q.head);
+    const bool chunks = in_chunks(p.q.data, size, p.q.row, p.q.head);
     load_tile_of<kRows, kSize>(queries, [&](int r) { return work.query_at(r); }, work.here, size, chunks);
-    load_keys(first, 0);
+    load_keys(tiles, first);
+    if (kStages == 2) load_values(tiles, first);
+    cp_async_commit();
   }
   int stage = 0;
-  for (int j0 = first; j0 < end; j0 += kKeys, stage ^= 1) {
+  for (int j0 = first; j0 < end; j0 += kKeys, stage ^= kStages - 1) {
+    T *const keys = tiles + stage * 2 * kKeys * kSize, *const values = keys + kKeys * kSize;
+    const bool last = j0 + kKeys >= end;
     cp_async_wait<0>();
     __syncthreads();
     // Everybody is through with the tiles before these.
-    if (j0 + kKeys < end) load_keys(j0 + kKeys, stage ^ 1);
-    const T *const keys = tiles + stage * 2 * kKeys * kSize, *const values = keys + kKeys * kSize;
+    if (kStages == 1) {
+      load_values(keys, j0);
+    } else if (!last) {
+      T* const next = tiles + (stage ^ 1) * 2 * kKeys * kSize;
+      load_keys(next, j0 + kKeys), load_values(next, j0 + kKeys);
+    }
+    cp_async_commit();
+    const bool idle = kFew && warp_row >= work.here;  // the warp has no rows, and loads for those that do
+    if (kStages == 2 && idle) continue;
 
     Fragments<kTiles, kGroups> s;
-    multiply_rows<kSize, T, kTiles, kGroups>(s, queries, warp_row, keys);
+    if (!idle) multiply_rows<kSize, T, kTiles, kGroups, Shape::kUnroll>(s, queries, warp_row, keys);
+    if (kStages == 1) {
+      cp_async_wait<0>();
+      __syncthreads();
+      if (!last) load_keys(keys, j0 + kKeys);
+      cp_async_commit();
+      if (idle) continue;
+    }
     const bool whole = j0 + kKeys <= sight.keys && sight.all(work.first_query(), work.end_query(), j0, j0 + kKeys);
+    const auto hide = [&](int m, int h) {
+      const int row = warp_row + 16 * m + 8 * h + place.row;
+      const bool there = row < work.here;
+      const int n = there ? work.head(row) : 0, i = there ? work.query(row) : 0;
+      const Visible seen = there ? sight.keys_of(i, j0, kKeys) : Visible{0, 0};
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& score = s[m][g][2 * h + e];
+          const int column = 8 * g + place.column + e;
+          if (!seen.has(column)) score = -kInfinity<float>;
+          else if (kOptions) score = scores.of(score, n, i, j0 + column).value;
+        }
+    };
+    const bool some_hidden = kOptions || !whole;
+    if (Shape::kHideFirst && some_hidden) {
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) hide(m, h);
+    }
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = warp_row + 16 * m + 8 * h + place.row;
-        if (kOptions || !whole) {
-          const bool there = row < work.here;
-          const int n = there ? work.head(row) : 0, i = there ? work.query(row) : 0;
-          const Visible seen = there ? sight.keys_of(i, j0, kKeys) : Visible{0, 0};
-#pragma unroll
-          for (int g = 0; g < kGroups; ++g)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float& score = s[m][g][2 * h + e];
-              const int column = 8 * g + place.column + e;
-              if (!seen.has(column)) score = -kInfinity<float>;
-              else if (kOptions) score = scores.of(score, n, i, j0 + column).value;
-            }
-        }
+        if (!Shape::kHideFirst && some_hidden) hide(m, h);
         float most = largest[m][h];
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) most = larger(most, larger(s[m][g][2 * h], s[m][g][2 * h + 1]));
@@ -128,7 +167,14 @@ __global__ void __launch_bounds__(kTileThreads, 2)
         }
       }
     }
-    multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(sums, s, values, 0);
+    Lefts<kTiles, kGroups> probabilities;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) probabilities[m][g][h] = pack<T>(s[m][g][2 * h], s[m][g][2 * h + 1]);
+    multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(sums, probabilities, values);
   }
 
 #pragma unroll

@@ -20,10 +20,10 @@ __device__ int tile_at(int row, int chunk) {
   return row * kSize + (chunk ^ (row % 8)) * kChunk;
 }
 
-// Whether rows can be read in chunks.
+// Whether rows of `size` numbers can be read in chunks.
 template <class T>
-__device__ bool in_chunks(const T* data, int64_t row, int64_t head = 0) {
-  return reinterpret_cast<uintptr_t>(data) % sizeof(Words4) == 0 && (row | head) % kChunk == 0;
+__device__ bool in_chunks(const T* data, int size, int64_t row, int64_t head = 0) {
+  return reinterpret_cast<uintptr_t>(data) % sizeof(Words4) == 0 && (row | head | size) % kChunk == 0;
 }
 
 // A chunk of a row that is at `from`, of which `valid` numbers are there (none where that is not positive), the rest
@@ -45,7 +45,7 @@ __device__ void load_chunk(T* to, const T* from, int valid, bool chunks) {
 
 // A tile of kRows rows from row0 on, of which the first `rows` are there, with `size` numbers each, and all else is
 // zeros. Rows are counted from the head's first: a thread's place in a tile, kept from tile to tile, would take
-// registers.
+// registers. Of tiles that are there, in chunks, nothing is asked about their parts.
 template <int kSize>
 struct TileLoad {
   static constexpr int kChunks = kSize / kChunk, kStep = kTileThreads / kChunks;  // rows that all threads load at once
@@ -59,10 +59,16 @@ __device__ void load_tile(T* tile, const T* head, int64_t stride, Row row0, int 
   const Load mine;
   const int valid = size - mine.chunk * kChunk;
   const T* at = head + (row0 + mine.row) * stride + mine.chunk * kChunk;
+  if (chunks && rows >= kRows) {
 #pragma unroll
-  for (int row = 0; row < kRows; row += Load::kStep, at += Load::kStep * stride) {
-    const bool there = mine.row + row < rows && valid > 0;
-    load_chunk(tile + tile_at<kSize>(mine.row + row, mine.chunk), there ? at : head, there ? valid : 0, chunks);
+    for (int row = 0; row < kRows; row += Load::kStep, at += Load::kStep * stride)
+      cp_async(tile + tile_at<kSize>(mine.row + row, mine.chunk), at, valid > 0);
+    return;
+  }
+#pragma unroll 1
+  for (int row = mine.row; row < kRows; row += Load::kStep, at += Load::kStep * stride) {
+    const bool there = row < rows && valid > 0;
+    load_chunk(tile + tile_at<kSize>(row, mine.chunk), there ? at : head, there ? valid : 0, chunks);
   }
 }
 // The same, where row r is at row_at(r).
@@ -79,23 +85,32 @@ __device__ void load_tile_of(T* tile, const RowAt& row_at, int rows, int size, b
   }
 }
 
+// Where chunk 2 k + half of a lane's row is, `row` of the tile and `rows` after it, a multiple of 8. A tile begins at a
+// multiple of 128 bytes, so that 2 k only turns bits of the address of chunk `half`: an instruction for each k % 4 of a
+// tile, and all else is constants of those that read.
+template <int kSize, class T>
+__device__ SharedAddress lane_at(const T* tile, int row, int half, int k, int rows) {
+  return (shared_address(tile + tile_at<kSize>(row, half)) ^ (k % 4 * 2 * kChunk * sizeof(T))) +
+         (k / 4 * 8 * kChunk + rows * kSize) * sizeof(T);
+}
+
 // 16 rows from row0 on and columns [16 k, 16 k + 16), as a left side.
 template <int kSize, class T>
 __device__ void load_left(uint32_t (&to)[4], const T* tile, int row0, int k) {
   const int lane = threadIdx.x % kWarp;
-  ldmatrix(to, tile + tile_at<kSize>(row0 + lane % 16, 2 * k + lane / 16));
+  ldmatrix(to, lane_at<kSize>(tile, lane % 16, lane / 16, k, row0));
 }
 // Two right sides of which rows are the columns, columns the terms: 16 rows from row0 on.
 template <int kSize, class T>
 __device__ void load_right(uint32_t (&to)[4], const T* tile, int row0, int k) {
   const int lane = threadIdx.x % kWarp;
-  ldmatrix(to, tile + tile_at<kSize>(row0 + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+  ldmatrix(to, lane_at<kSize>(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2, k, row0));
 }
-// Two right sides of which rows are the terms: 16 columns from column0 on.
+// Two right sides of which rows are the terms: columns [16 k, 16 k + 16).
 template <int kSize, class T>
-__device__ void load_right_terms(uint32_t (&to)[4], const T* tile, int row0, int column0) {
+__device__ void load_right_terms(uint32_t (&to)[4], const T* tile, int row0, int k) {
   const int lane = threadIdx.x % kWarp;
-  ldmatrix_transposed(to, tile + tile_at<kSize>(row0 + lane % 16, column0 / kChunk + lane / 16));
+  ldmatrix_transposed(to, lane_at<kSize>(tile, lane % 16, lane / 16, k, row0));
 }
 
 // Of kTiles times 16 rows and 8 kGroups columns.
@@ -120,26 +135,15 @@ __device__ void multiply_pair(float (&first)[4], float (&second)[4], const uint3
   mma<T>(second, left, right1);
 }
 
-// How far the loop over a row's terms is unrolled, of kTiles times 16 rows: of more, addresses take the registers. What
-// stays in registers differs by the compilers of the architectures; found by trying, and make cuda-budget tells.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-FASTSEQ_INLINE constexpr int unroll_of(int size, int) { return size == 64 ? 2 : size == 128 ? 8 : 4; }
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-FASTSEQ_INLINE constexpr int unroll_of(int size, int tiles) { return size == 128 && tiles == 2 ? 3 : 4; }
-#else
-FASTSEQ_INLINE constexpr int unroll_of(int, int) { return 4; }
-#endif
-
 // products = rows of `left` from row0 on times all rows of `right`, transposed.
-template <int kSize, class T, int kTiles, int kGroups>
+template <int kSize, class T, int kTiles, int kGroups, int kUnroll = 4>
 __device__ void multiply_rows(Fragments<kTiles, kGroups>& products, const T* left, int row0, const T* right) {
   clear<kTiles, kGroups>(products);
-  [[maybe_unused]] constexpr int kUnroll = unroll_of(kSize, kTiles);
 #pragma unroll kUnroll
   for (int k = 0; k < kSize / 16; ++k) {
     uint32_t lefts[kTiles][4];
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) load_left<kSize>(lefts[m], left, row0 + 16 * m, k);
+    for (int m = 0; m < kTiles; ++m) load_left<kSize>(lefts[m], left + row0 * kSize, 16 * m, k);
 #pragma unroll
     for (int n = 0; n < kGroups; n += 2) {
       uint32_t rights[4];
@@ -150,24 +154,24 @@ __device__ void multiply_rows(Fragments<kTiles, kGroups>& products, const T* lef
   }
 }
 
-// sums += left (rounded to T) times the rows of `right`, of its columns from column0 on.
+// Fragments rounded to 16 bits, which take half the registers: of columns 2t and 2t + 1 of rows g and g + 8.
+template <int kTiles, int kGroups>
+using Lefts = uint32_t[kTiles][kGroups][2];
+
+// sums += left times the rows of `right`.
 template <int kSize, class T, int kTiles, int kTerms, int kGroups>
-__device__ void multiply_add(Fragments<kTiles, kGroups>& sums, const Fragments<kTiles, kTerms>& left, const T* right,
-                             int column0) {
+__device__ void multiply_add(Fragments<kTiles, kGroups>& sums, const Lefts<kTiles, kTerms>& left, const T* right) {
 #pragma unroll
   for (int k = 0; k < kTerms; k += 2) {
     uint32_t lefts[kTiles][4];
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float (&from)[4] = left[m][k + e / 2];
-        lefts[m][e] = pack<T>(from[e % 2 * 2], from[e % 2 * 2 + 1]);
-      }
+      for (int e = 0; e < 4; ++e) lefts[m][e] = left[m][k + e / 2][e % 2];
 #pragma unroll
     for (int n = 0; n < kGroups; n += 2) {
       uint32_t rights[4];
-      load_right_terms<kSize>(rights, right, 8 * k, column0 + 8 * n);
+      load_right_terms<kSize>(rights, right, 8 * k, n / 2);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) multiply_pair<T>(sums[m][n], sums[m][n + 1], lefts[m], rights);
     }

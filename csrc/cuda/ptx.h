@@ -129,11 +129,19 @@ __device__ __forceinline__ Words4 load_l2(const Words4* from) {
 #endif
 }
 
-#if defined(__CUDA_ARCH__)
-__device__ __forceinline__ uint32_t shared_address(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
+// A place in shared memory, as instructions take it: a number of bytes, to calculate with.
+#if defined(FASTSEQ_EMULATE_CUDA)
+using SharedAddress = uintptr_t;
+#else
+using SharedAddress = uint32_t;
 #endif
+__device__ __forceinline__ SharedAddress shared_address(const void* at) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+#elif defined(FASTSEQ_EMULATE_CUDA)
+  return reinterpret_cast<uintptr_t>(at);
+#endif
+}
 
 // 16 bytes from global to shared memory, both so aligned, or zeros where not `valid`; nothing is read then. They are
 // there once the thread has waited for their group; cp_async_wait<N> waits for all groups but the N latest.
@@ -183,9 +191,8 @@ __device__ __forceinline__ void cp_async_wait() {
 // ---- Tensor cores --------------------------------------------------------------------------------------------------
 #if defined(FASTSEQ_EMULATE_CUDA)
 template <bool kTransposed>
-void emulated_ldmatrix(uint32_t (&to)[4], const void* shared_row) {
-  if (reinterpret_cast<uintptr_t>(shared_row) % 16)
-    emulation::fail("ldmatrix of a row that is not aligned to 16 bytes");
+void emulated_ldmatrix(uint32_t (&to)[4], SharedAddress shared_row) {
+  if (shared_row % 16) emulation::fail("ldmatrix of a row that is not aligned to 16 bytes");
   emulation::WarpSlot own{};
   memcpy(own.words, &shared_row, sizeof shared_row);
   const emulation::WarpSlot* const all = emulation::warp_exchange(own, "ldmatrix");
@@ -216,25 +223,32 @@ float emulated_factor(uint32_t word, int place) {
 // Four 8x8 matrices of 16-bit numbers. Thread i gives the address of row i % 8 of matrix i / 8, 16 bytes in shared
 // memory, and gets of matrix m in to[m] the numbers 2 (i % 4) and 2 (i % 4) + 1 of row i / 4; transposed: of column
 // i / 4.
-__device__ __forceinline__ void ldmatrix(uint32_t (&to)[4], const void* shared_row) {
+__device__ __forceinline__ void ldmatrix(uint32_t (&to)[4], SharedAddress shared_row) {
 #if defined(__CUDA_ARCH__)
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(shared_row))
+               : "r"(shared_row)
                : "memory");
 #elif defined(FASTSEQ_EMULATE_CUDA)
   emulated_ldmatrix<false>(to, shared_row);
 #endif
 }
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&to)[4], const void* shared_row) {
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&to)[4], SharedAddress shared_row) {
 #if defined(__CUDA_ARCH__)
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(shared_row))
+               : "r"(shared_row)
                : "memory");
 #elif defined(FASTSEQ_EMULATE_CUDA)
   emulated_ldmatrix<true>(to, shared_row);
 #endif
+}
+
+__device__ __forceinline__ void ldmatrix(uint32_t (&to)[4], const void* shared_row) {
+  ldmatrix(to, shared_address(shared_row));
+}
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&to)[4], const void* shared_row) {
+  ldmatrix_transposed(to, shared_address(shared_row));
 }
 
 // d += a b of a warp. 16-bit numbers: a 16x16, b 16x8, d 16x8. With g = lane / 4 and t = lane % 4, pairs of neighbours:
