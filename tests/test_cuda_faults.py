@@ -109,18 +109,43 @@ OTHERS = {
         LSTM,
     ),
     "attention, forward: nobody waits for the others' parts of a tile": Fault(
-        "attention_forward.cuh", "cp_async_wait<0>(); __syncthreads();", "cp_async_wait<0>();", HALF_ATTENTION
+        "attention_forward.cuh",
+        "cp_async_wait<0>(); __syncthreads(); // Everybody",
+        "cp_async_wait<0>(); // Everybody",
+        HALF_ATTENTION,
     ),
     "attention, forward: a tile is not waited for": Fault(
-        "attention_forward.cuh", "cp_async_wait<0>();", "cp_async_wait<1>();", HALF_ATTENTION
+        "attention_forward.cuh",
+        "cp_async_wait<0>(); __syncthreads(); // Everybody",
+        "cp_async_wait<1>(); __syncthreads(); // Everybody",
+        HALF_ATTENTION,
     ),
     "attention, forward: a tile is overwritten while others read it": Fault(
         "attention_forward.cuh",
-        "__syncthreads(); // Everybody is through with the tiles before these. "
-        "if (j0 + kKeys < end) load_keys(j0 + kKeys, stage ^ 1);",
-        "if (j0 + kKeys < end) load_keys(j0 + kKeys, stage ^ 1); __syncthreads();",
+        "__syncthreads(); // Everybody is through with the tiles before these. if (kStages == 1) { "
+        "load_values(keys, j0); } else if (!last) { T* const next = tiles + (stage ^ 1) * 2 * kKeys * kSize; "
+        "load_keys(next, j0 + kKeys), load_values(next, j0 + kKeys); }",
+        "if (kStages == 1) { load_values(keys, j0); } else if (!last) { "
+        "T* const next = tiles + (stage ^ 1) * 2 * kKeys * kSize; "
+        "load_keys(next, j0 + kKeys), load_values(next, j0 + kKeys); } __syncthreads();",
         ATTENTION_ONCE,
         "threads",
+    ),
+    "attention, forward: the one tile of keys is overwritten while others read it": Fault(
+        "attention_forward.cuh",
+        "__syncthreads(); if (!last) load_keys(keys, j0 + kKeys);",
+        "if (!last) load_keys(keys, j0 + kKeys); __syncthreads();",
+        ATTENTION_ONCE,
+        "threads",
+    ),
+    "attention, backward: a pair does not wait for what is handed on": Fault(
+        "attention_backward.cuh",
+        "probabilities(std::true_type{}); __syncthreads();",
+        "probabilities(std::true_type{});",
+        HALF_ATTENTION,
+    ),
+    "attention of few queries: factors are read before they are there": Fault(
+        "attention_few.cu", "- shift); __syncthreads();", "- shift);", HALF_ATTENTION
     ),
     "attention: two right sides change places": Fault(
         "attention_tiles.cuh",
@@ -129,12 +154,16 @@ OTHERS = {
         HALF_ATTENTION,
     ),
     "attention: one row too many of a tile": Fault(
-        "attention_tiles.cuh", "mine.row + row < rows", "mine.row + row <= rows", ATTENTION_ONCE, "addresses"
+        "attention_tiles.cuh",
+        "row < rows && valid > 0; load_chunk(tile + tile_at<kSize>(row, mine.chunk), there ? at",
+        "row <= rows && valid > 0; load_chunk(tile + tile_at<kSize>(row, mine.chunk), there ? at",
+        ATTENTION_ONCE,
+        "addresses",
     ),
     "attention, forward: too little shared memory": Fault(
         "attention_forward.cuh",
-        "2 * (kRows + 4 * kKeys) * kSize;",
-        "2 * (kRows + 4 * kKeys) * kSize - 16;",
+        "2 * (kRows + kStages * 2 * kKeys) * kSize;",
+        "2 * (kRows + kStages * 2 * kKeys) * kSize - 16;",
         ATTENTION_ONCE,
         "addresses",
     ),

@@ -115,8 +115,8 @@ cpu::TypedKernels<T> kernels_of(bool aligned) {
   return out;
 }
 
-// Two blocks and more of queries (64, 128) and of keys, three stages of keys (16 to 64) and of queries (16 to 64), two
-// slices of a head (64 and 128 columns), two splits (256 keys) and two blocks of rows of few queries (64), with a
+// Two blocks and more of queries (64, 128) and of keys, three stages of keys (16 to 128) and of queries (16 to 64), two
+// splits (256 keys), more of them than are merged at once (128) and two blocks of rows of few queries (64), with a
 // remainder of each, for each padded size (64, 128, 256, and more), without and with options.
 const AttentionShape kShapes[] = {
     {2, 2, 1, 150, 270, 40, 64, -kOpen, 0, 0},
@@ -131,6 +131,7 @@ const AttentionShape kShapes[] = {
     {1, 1, 1, 70, 100, 150, 256, -20, 50, 4, kDropout | kSoftcap},
     {3, 2, 1, 20, 300, 16, 24, -kOpen, 0, 3, kLengths},
     {1, 1, 1, 70, 70, 300, 260, -kOpen, kOpen, 0},
+    {1, 1, 1, 1, 33000, 8, 8, -kOpen, kOpen, 0},
 };
 constexpr int kQuickShapes = 6;
 
