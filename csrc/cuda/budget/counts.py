@@ -232,23 +232,29 @@ class Heads:
 def forward_tiles(t: str, size: str, options: str, few: str, *, case: Case) -> tuple[Shape, Counts]:
     at, padded, is_few = Heads(case), int(size), few == "true"
     tiles_of_warp = 1 if is_few or padded > (64 if options == "true" else 128) else 2
-    rows, columns = 4 * tiles_of_warp * 16, 32 if padded > 128 else 64
-    shared = 2 * (rows + 4 * columns) * padded
+    rows, columns = 4 * tiles_of_warp * 16, 64 if padded > 64 or options == "true" or is_few else 128
+    stages = 1 if padded > 128 else 2
+    shared = 2 * (rows + stages * 2 * columns) * padded
     packs = at.kv_heads if is_few else at.heads
     queries = at.heads // at.kv_heads * at.queries if is_few else at.queries
     splits = up(at.keys, 256) if is_few else 1
     row_tiles = up(queries, rows)
     blocks = at.batch * packs * row_tiles * splits
+    busy_rows = rows  # of the warps that have any
+    if is_few:
+        if row_tiles > 1:
+            raise Stopped("counts.py counts few queries of one tile of rows only.")
+        busy_rows = up(queries, 16) * 16
     seen = pairs_of(queries, at.keys, at.causal, rows, columns)
     heads = at.batch * packs
-    # Two products a pair. Each of the four warps reads all of K and V; its queries once more with each tile of keys.
-    of_tile = 4 * 2 * columns * padded * 2 + rows * padded * 2
+    # Two products a pair. Each busy warp reads all of K and V; its queries once more with each tile of keys.
+    of_tile = busy_rows // (16 * tiles_of_warp) * 2 * columns * padded * 2 + busy_rows * padded * 2
     written = heads * seen.tiles * 2 * columns * padded * 2 + blocks * rows * padded * 2
     rows_out = at.batch * at.heads * at.queries
     out = rows_out * splits * (at.size + 2) * 4 if is_few else rows_out * (at.size * 2 + 4)
     return Shape((blocks, 1, 1), 128, shared), Counts(
         useful=4 * heads * seen.seen * at.size,
-        issued=4 * heads * seen.tiles * rows * columns * padded,
+        issued=4 * heads * seen.tiles * busy_rows * columns * padded,
         device=at.numbers(1, 2) * 2 + out,
         l2=heads * seen.tiles * 2 * columns * at.size * 2 + at.numbers(splits, 0) * 2 + out,
         shared=written + heads * seen.tiles * of_tile,
@@ -257,33 +263,34 @@ def forward_tiles(t: str, size: str, options: str, few: str, *, case: Case) -> t
 
 def key_gradients(t: str, size: str, options: str, *, case: Case) -> tuple[Shape, Counts]:
     at, padded = Heads(case), int(size)
-    keys = 64 * (1 if padded > 64 or options == "true" else 2)
-    queries, width = 16 if padded > 128 else 32, min(padded, 128)
-    slices = padded // width
-    shared = 2 * (2 * keys + 4 * queries) * padded + 4 * queries * 4
+    pairs = padded > 128  # of warps, which share keys
+    keys = (32 if pairs else 64) * (1 if padded > 64 or options == "true" else 2)
+    queries = 16 if pairs else 64 if padded > 64 and options == "false" else 32
+    handed_on = keys * queries if pairs else 0
+    shared = 2 * (2 * keys + 4 * queries) * padded + (4 * queries + handed_on) * 4
     blocks = at.batch * at.kv_heads * up(at.keys, keys)
     if at.causal and (at.queries != at.keys or at.keys % keys):
         raise Stopped("counts.py counts causal key gradients of whole tiles and as many queries as keys only.")
     # Of the queries of a tile of keys, those that see some of it: as of a causal triangle from the other side.
     seen = pairs_of(at.keys, at.queries, at.causal, keys, queries)
-    heads = at.batch * at.heads * slices
-    # S and dP of all columns, dV and dK of the slice's. Keys and values are read by the warp that has them.
-    of_tile = 2 * keys * padded * 2 + 4 * (2 * queries * padded + 2 * queries * width) * 2
-    written = heads * seen.tiles * 2 * queries * padded * 2 + blocks * slices * 2 * keys * padded * 2
+    heads = at.batch * at.heads
+    # Keys and values are read by the warp that has them, a tile of queries or of dO for each product of each warp.
+    of_tile = 2 * keys * padded * 2 + 4 * (2 if pairs else 4) * queries * padded * 2 + 2 * handed_on * 4
+    written = heads * seen.tiles * 2 * queries * padded * 2 + blocks * 2 * keys * padded * 2
     rows = at.batch * at.heads * at.queries
     out = at.numbers(0, 2) * 2
-    return Shape((blocks, slices, 1), 128, shared), Counts(
-        useful=8 * at.batch * at.heads * seen.seen * at.size,
-        issued=4 * heads * seen.tiles * keys * queries * (padded + width),
+    return Shape((blocks, 1, 1), 128, shared), Counts(
+        useful=8 * heads * seen.seen * at.size,
+        issued=8 * heads * seen.tiles * keys * queries * padded,
         device=at.numbers(2, 2) * 2 + rows * 8 + out,
-        l2=heads * seen.tiles * queries * (2 * at.size * 2 + 8) + at.numbers(0, 2 * slices) * 2 + out,
+        l2=heads * seen.tiles * queries * (2 * at.size * 2 + 8) + at.numbers(0, 2) * 2 + out,
         shared=written + heads * seen.tiles * of_tile,
     )
 
 
 def query_gradients(t: str, size: str, options: str, *, case: Case) -> tuple[Shape, Counts]:
     at, padded = Heads(case), int(size)
-    tiles_of_warp = 1 if padded > 64 or options == "true" else 2
+    tiles_of_warp = 1 if padded > 128 or options == "true" else 2
     rows, columns = 64 * tiles_of_warp, 16 if padded > 128 else 32 if tiles_of_warp == 2 else 64
     shared = 2 * (2 * rows + 4 * columns) * padded
     blocks = at.batch * at.heads * up(at.queries, rows)

@@ -42,8 +42,8 @@ FORMS = {
     "p = T T": """
         setp.eq.s16 setp.eq.s32 setp.ne.s32 setp.lt.s32 setp.le.s32 setp.gt.s32 setp.ge.s32 setp.lt.u32
         setp.le.u32 setp.gt.u32 setp.eq.s64 setp.ne.s64 setp.lt.s64 setp.le.s64 setp.gt.s64 setp.ge.s64
-        setp.lt.u64 setp.eq.f32 setp.lt.f32 setp.gt.f32 setp.ge.f32 setp.geu.f32 setp.eq.f64 setp.lt.f64
-        setp.gt.f64 setp.neu.f64 setp.gtu.f64 setp.ltu.f64
+        setp.lt.u64 setp.eq.f32 setp.lt.f32 setp.gt.f32 setp.ge.f32 setp.neu.f32 setp.geu.f32 setp.eq.f64
+        setp.lt.f64 setp.gt.f64 setp.neu.f64 setp.gtu.f64 setp.ltu.f64
     """,
     "D = T": """
         cvt.u32.u16 cvt.u32.u64 cvt.u64.u32 cvt.s64.s32 cvt.rn.f32.s32 cvt.rn.f32.s64 cvt.rn.f64.u32
@@ -54,7 +54,7 @@ FORMS = {
     "T = at": """
         ld.param.u8 ld.param.u32 ld.param.u64 ld.param.f64 ld.global.u8 ld.global.u16 ld.global.u64
         ld.global.u32 ld.global.v4.u32 ld.global.f32 ld.global.f64 ld.global.cg.v4.u32 ld.acquire.gpu.u32
-        ld.shared.f32 ld.shared.f64 ld.shared.v4.u32 ld.shared.v4.f32
+        ld.shared.f32 ld.shared.f64 ld.shared.v2.f32 ld.shared.v4.u32 ld.shared.v4.f32
     """,
     "at T": """
         st.global.u16 st.global.u32 st.global.u64 st.global.f32 st.global.f64 st.global.v4.u32 st.shared.u16
