@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMergeThreads)
       __syncthreads();
       if (split < here) factors[split] = power_of_2(states.largest(first + split0 + split) - shift);
       __syncthreads();
-#pragma unroll 8
+#pragma unroll 4
       for (int s = 0; s < here; ++s) {
         const int64_t state = first + split0 + s;
         total = fma(factors[s], states.total(state), total);

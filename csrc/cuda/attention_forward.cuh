@@ -90,17 +90,15 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       load_keys(next, j0 + kKeys), load_values(next, j0 + kKeys);
     }
     cp_async_commit();
-    const bool idle = kFew && warp_row >= work.here;  // the warp has no rows, and loads for those that do
-    if (kStages == 2 && idle) continue;
+    if (kFew && kStages == 2 && warp_row >= work.here) continue;  // without rows, this warp loads for those with some
 
     Fragments<kTiles, kGroups> s;
-    if (!idle) multiply_rows<kSize, T, kTiles, kGroups, Shape::kUnroll>(s, queries, warp_row, keys);
+    multiply_rows<kSize, T, kTiles, kGroups, Shape::kUnroll>(s, queries, warp_row, keys);
     if (kStages == 1) {
       cp_async_wait<0>();
       __syncthreads();
       if (!last) load_keys(keys, j0 + kKeys);
       cp_async_commit();
-      if (idle) continue;
     }
     const bool whole = j0 + kKeys <= sight.keys && sight.all(work.first_query(), work.end_query(), j0, j0 + kKeys);
     const auto hide = [&](int m, int h) {

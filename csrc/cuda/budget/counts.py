@@ -241,7 +241,7 @@ def forward_tiles(t: str, size: str, options: str, few: str, *, case: Case) -> t
     row_tiles = up(queries, rows)
     blocks = at.batch * packs * row_tiles * splits
     busy_rows = rows  # of the warps that have any
-    if is_few:
+    if is_few and stages == 2:
         if row_tiles > 1:
             raise Stopped("counts.py counts few queries of one tile of rows only.")
         busy_rows = up(queries, 16) * 16
