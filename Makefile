@@ -61,7 +61,7 @@ gpu-check: $(torch)
 	    { echo 'make gpu-check needs a GPU, and a torch in $(VENV) that was built with CUDA: see README.md.'; exit 1; }
 	@mkdir -p build/gpu-check
 	archs=$${FASTSEQ_CUDA_ARCHS:-$$($(bin)/python -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')} && \
-	FASTSEQ_CUDA=1 FASTSEQ_CUDA_ARCHS=$$archs $(pip) install --no-build-isolation -e '.[demo,test]'
+	FASTSEQ_CUDA=1 FASTSEQ_CUDA_ARCHS=$$archs $(pip) install --no-build-isolation -e '.[demo]' 'pytest>=8'
 	$(bin)/python -m pytest tests/test_gpu.py $(ARGS) > build/gpu-check/tests.txt 2>&1; \
 	    status=$$?; tail -n 30 build/gpu-check/tests.txt; exit $$status
 	$(bin)/python -m fastseq bench-gpu --output build/gpu-check
