@@ -269,12 +269,13 @@ template <class T>
 T selp(T a, T b, bool c) {
   return c ? a : b;
 }
-// Of the forms of mov.b64: the first of a vector is the lower half.
+// Of the forms of mov.b64 and mov.b32: the first of a vector is the lower half.
 template <class T>
 T mov(Vector<b32, 2> a) {
   return u64(a[1]) << 32 | a[0];
 }
 inline Vector<b32, 2> mov_halves(b64 a) { return {{static_cast<b32>(a), static_cast<b32>(a >> 32)}}; }
+inline Vector<b16, 2> mov_halves(b32 a) { return {{static_cast<b16>(a), static_cast<b16>(a >> 16)}}; }
 
 // ---- Comparisons: false of NaN, but for those with a `u` -----------------------------------------------------------
 template <class T>

@@ -53,7 +53,8 @@ FORMS = {
     "D = T T": "cvt.rn.f16x2.f32 cvt.rn.bf16x2.f32",
     "T = at": """
         ld.param.u8 ld.param.u32 ld.param.u64 ld.param.f64 ld.global.u8 ld.global.u16 ld.global.u64
-        ld.global.u32 ld.global.v4.u32 ld.global.f32 ld.global.f64 ld.global.cg.v4.u32 ld.acquire.gpu.u32
+        ld.global.u32 ld.global.v4.u32 ld.global.f32 ld.global.v4.f32 ld.global.f64 ld.global.cg.v4.u32
+        ld.acquire.gpu.u32
         ld.shared.f32 ld.shared.f64 ld.shared.v2.f32 ld.shared.v4.u32 ld.shared.v4.f32
     """,
     "at T": """
@@ -74,6 +75,7 @@ FORMS = {
     # %temp stands for a half that nobody wants.
     "T = b32x2": "mov.b64",
     "b32x2 = T": "mov.b64",
+    "b16x2 = T": "mov.b32",
 }
 SPECIAL = [
     "%envreg1",
@@ -114,7 +116,7 @@ def form_of(signature: str, opcode: str) -> Form:
     names["at"] = "shared" if ".shared" in opcode else "global"
     template = ", ".join(f"Vector<{t[:-2]}, {t[-1]}>" if is_vector(t) else t for t in types)
     function = "_".join(parts) + ("_" if parts[0] in ("and", "or", "xor", "not") else "")  # C++ has those words
-    if opcode == "mov.b64" and signature.startswith("b32x2"):
+    if opcode.startswith("mov.") and is_vector(signature.partition(" ")[0]):
         function = "mov_halves"
     elif template:
         function += f"<{template}>"
@@ -269,7 +271,7 @@ class Kernel:
 
     def statement(self, opcode: str, operands: list[str]) -> str:
         forms = WHITELIST[opcode]
-        if len(forms) > 1:  # of mov.b64, by what is in braces
+        if len(forms) > 1:  # of mov, by what is in braces
             braces = [operand.startswith("{") for operand in operands]
             forms = [f for f in forms if [is_vector(t) for t in (*f.written, *f.read)] == braces]
         if not forms:
