@@ -38,6 +38,10 @@ __device__ float score_gradient(const Scores<T>& scores, float told, bool all_se
   }
 }
 
+// How far loops over rows are unrolled where registers have room (heads of 128, of which the second product of dQ has
+// not); make cuda-budget tells.
+constexpr int kUnroll = 8;
+
 // A warp has dK and dV of its keys. Where registers hold no more than one of them, pairs of warps have keys: the first
 // has dV and hands on to the second, which has dK, what dS is made of besides dP.
 template <int kSize, bool kOptions>
@@ -178,8 +182,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(sums[0], left, has_dv ? d_out : queries);
     } else {
       Fragments<kTiles, kGroups> s, d;
-      multiply_rows<kSize, T, kTiles, kGroups>(s, keys, warp_row, queries);
-      multiply_rows<kSize, T, kTiles, kGroups>(d, values, warp_row, d_out);
+      multiply_rows<kSize, T, kTiles, kGroups, kUnroll>(s, keys, warp_row, queries);
+      multiply_rows<kSize, T, kTiles, kGroups, kUnroll>(d, values, warp_row, d_out);
       Lefts<kTiles, kGroups> probabilities, d_scores;
       const auto gradients = [&](auto hidden) {
 #pragma unroll
@@ -241,11 +245,10 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   T *const queries = reinterpret_cast<T*>(memory), *const d_out = queries + kRows * kSize;
   T* const stages = d_out + kRows * kSize;
 
-  int64_t block = blockIdx.x;
-  const int i0 = static_cast<int>(tiles - 1 - block % tiles) * kRows;
-  block /= tiles;
-  const int n = static_cast<int>(block % all.heads);
-  const int64_t b = block / all.heads;
+  const unsigned block = blockIdx.x, row_tiles = static_cast<unsigned>(tiles), heads = static_cast<unsigned>(all.heads);
+  const int i0 = static_cast<int>(row_tiles - 1 - block % row_tiles) * kRows;
+  const int n = static_cast<int>(block / row_tiles % heads);
+  const unsigned b = block / row_tiles / heads;
   const auto p = entry(all, b);
   if (i0 >= p.queries) return;
   const int here = static_cast<int>(p.queries) - i0 < kRows ? static_cast<int>(p.queries) - i0 : kRows;
@@ -294,7 +297,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     const T *const keys = stages + stage * 2 * kKeys * kSize, *const values = keys + kKeys * kSize;
 
     Fragments<kTiles, kGroups> s, d;
-    multiply_rows<kSize, T, kTiles, kGroups>(s, queries, warp_row, keys);
+    multiply_rows<kSize, T, kTiles, kGroups, kUnroll>(s, queries, warp_row, keys);
     multiply_rows<kSize, T, kTiles, kGroups>(d, d_out, warp_row, values);
     Lefts<kTiles, kGroups> d_scores;
     const auto gradients = [&](auto hidden) {
@@ -310,7 +313,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
             for (int e = 0; e < 2; ++e) {
               constexpr bool kAllSeen = !decltype(hidden)::value;
               const int j = j0 + 8 * g + place.column + e;
-              const bool seen = kAllSeen || sight.sees(i, j);
+              // Queries that are not there have a shift that hides them.
+              const bool seen = kAllSeen || (kOptions ? sight.sees(i, j) : j < sight.keys && sight.in_band(i, j));
               const float told = probability<kOptions>(scores, x[e], seen, n, i, j, shift[m][h]);
               y[e] = score_gradient<kOptions>(scores, told, kAllSeen, y[e], delta[m][h]);
             }
@@ -321,12 +325,13 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     else gradients(std::true_type{});
     multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(dq, d_scores, keys);
   }
+  const auto to = of_entry(all.dq, b, all.ragged_queries);
 #pragma unroll
   for (int m = 0; m < kTiles; ++m)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row + 16 * m + 8 * h + place.row;
-      if (row < here) store_row(p.dq.at(n, i0 + row), size, 0, dq[m], h, static_cast<float>(p.scale));
+      if (row < here) store_row(to.at(n, i0 + row), size, 0, dq[m], h, static_cast<float>(p.scale));
     }
 }
 

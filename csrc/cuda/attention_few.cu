@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   using A = Computed<T>;
   FASTSEQ_SHARED(memory);
   A* const factors = reinterpret_cast<A*>(memory);
+  constexpr int kUnroll = sizeof(A) > 4 ? 4 : 8;  // what registers hold
   const int64_t i = blockIdx.x % states.queries, head = blockIdx.x / states.queries, n = head % all.heads;
   const auto p = entry(all, head / all.heads);
   if (p.queries > kFewQueries || i >= p.queries) return;
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(kMergeThreads)
       __syncthreads();
       if (split < here) factors[split] = power_of_2(states.largest(first + split0 + split) - shift);
       __syncthreads();
-#pragma unroll 4
+#pragma unroll kUnroll
       for (int s = 0; s < here; ++s) {
         const int64_t state = first + split0 + s;
         total = fma(factors[s], states.total(state), total);
