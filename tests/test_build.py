@@ -187,3 +187,38 @@ def test_setup_says_in_one_sentence_what_is_missing(what):
     # A torch with CUDA tells of a machine without a GPU; the nvcc that is none is in another folder each time.
     said = [line for line in done.stderr.splitlines() if "cpp_extension" not in line]
     assert [re.sub(r"/\S*/nvcc\b", "NVCC", line) for line in said] == [f"fastseq: {sentence}"]
+
+
+# ---- nvcc from pip ---------------------------------------------------------------------------------------------------
+COMPILE = """
+import pathlib, re, runpy, subprocess, sys
+from unittest import mock
+with mock.patch("setuptools.setup"), mock.patch.object(sys, "argv", ["setup.py"]):
+    nvcc = runpy.run_path("setup.py")["find_nvcc"]()
+flags = re.search(r"set\\(nvcc_flags ([^\\"]*?) -ccbin ", pathlib.Path("CMakeLists.txt").read_text())[1].split()
+print(nvcc)
+sys.exit(subprocess.run([nvcc, *flags, "-arch=sm_90", "-Icsrc", "-c", "-o", sys.argv[1], sys.argv[2]]).returncode)
+"""
+
+
+@pytest.mark.slow
+def test_pip_has_all_that_compiling_a_kernel_takes(tmp_path):
+    packages = re.findall(r"nvidia-[\w-]+==[\d.]+", (ROOT / "README.md").read_text())
+    assert packages
+    site, out = tmp_path / "site", tmp_path / "kernels.o"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, *packages]
+    if (done := subprocess.run(pip, capture_output=True, text=True)).returncode:
+        pytest.skip(f"pip has no {' '.join(packages)} for this machine: {done.stderr.strip()[-200:]}")
+    # A machine without a toolkit: nvcc is in none of these folders.
+    folders = [folder for folder in ("/usr/bin", "/bin") if not Path(folder, "nvcc").exists()]
+    environment = {"PATH": ":".join(folders), "PYTHONPATH": str(site), "HOME": str(tmp_path)}
+    compiled = subprocess.run(
+        [sys.executable, "-c", COMPILE, out, "csrc/cuda/rnn_plan.cu"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert compiled.returncode == 0, compiled.stdout + compiled.stderr
+    assert Path(compiled.stdout.strip()).is_relative_to(site)
+    assert out.stat().st_size > 0
