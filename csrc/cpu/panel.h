@@ -1,9 +1,10 @@
 // The matrix product inside a step: a few rows times one packed panel of weights, the sums held in registers.
 //
 // A panel holds NV vectors of output units for every k, k slowest: [K][NV][V]; of bfloat16 for every two k, side by
-// side in a lane: [K/2][NV][V][2], zero past the last. Rows of a product are summed in chains of kChain terms along K,
-// the chains added in order. The order depends on K alone, never on how many rows are computed together or on which
-// thread, so a row's result does not depend on its company.
+// side in a lane: [K/2][NV][V][2], zero past the last and, for AMX, up to whole tiles. Rows of a product are summed in
+// chains of kChain terms along K, the chains added in order (in AMX's tiles: amx_product.h). The order depends on K
+// alone, never on how many rows are computed together or on which thread, so a row's result does not depend on its
+// company.
 #pragma once
 
 constexpr int64_t kChain = 128;
@@ -18,6 +19,13 @@ constexpr int tile_rows(int nv) { return nv == 2 ? 6 : nv == 3 ? 4 : 3; }
 constexpr int kWideVectors = 2;
 #endif
 
+// Terms of a sum as a panel has them, those past the last zero.
+template <class T>
+constexpr int64_t padded_terms(int64_t k) {
+  constexpr int64_t whole = kInAmx<T> ? kAmxTerms : Terms<T>::count;
+  return (k + whole - 1) / whole * whole;
+}
+
 // The shape of one product's panels: `gates` planes of `unit_vectors` vectors side by side.
 template <class T, int Gates>
 struct PanelShape {
@@ -29,7 +37,7 @@ struct PanelShape {
   static constexpr int width = vectors * V::size;       // sums a row
   static constexpr int step = width * Terms<T>::count;  // numbers of a panel that are taken at a time
   static constexpr int64_t blocks(int64_t n) { return (n + units - 1) / units; }
-  static constexpr int64_t panel_numbers(int64_t k) { return (k + Terms<T>::count - 1) / Terms<T>::count * step; }
+  static constexpr int64_t panel_numbers(int64_t k) { return padded_terms<T>(k) / Terms<T>::count * step; }
 };
 
 // A transposition, a step at a time: of each two rows D apart, the off-diagonal blocks of D by D lanes change places.
@@ -75,7 +83,7 @@ void pack_transposed(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t 
   constexpr int64_t V = Shape::V::size, count = Terms<T>::count;
   const int64_t first = j * Shape::units;
   const int64_t valid = n - first < Shape::units ? n - first : Shape::units;
-  const int64_t padded = (k_size + count - 1) / count * count;
+  const int64_t padded = padded_terms<T>(k_size);
   for (int64_t k0 = 0; k0 < padded; k0 += V * count) {  // whole cache lines of the panel at a time
     const int64_t k1 = k0 + V * count < padded ? k0 + V * count : padded;
     for (int64_t g = 0; g < Gates; ++g) {
@@ -102,7 +110,7 @@ void pack_straight(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j,
   constexpr int count = Terms<T>::count;
   const int64_t first = j * Shape::units;
   const int64_t valid = n - first < Shape::units ? n - first : Shape::units;
-  for (int64_t k = 0; k < k_size; k += count) {
+  for (int64_t k = 0; k < padded_terms<T>(k_size); k += count) {
     T* to = panel + panel_place<Shape>(k, 0);
     const T* from = w + k * ld + first;
     if (valid < Shape::units || k + count > k_size) {

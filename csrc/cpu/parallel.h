@@ -54,6 +54,7 @@ template <class F>
 void parallel(int threads, const F& f) {
   if (threads <= 1 || omp_in_parallel() || in_forked_child() || Crowd::alone()) {
     f(0, 1);
+    release_amx();
     return;
   }
   struct Region {
@@ -66,6 +67,7 @@ void parallel(int threads, const F& f) {
       const unsigned own = floating_point_mode();
       set_floating_point_mode(region.mode);
       (*region.f)(member, omp_get_num_threads());
+      release_amx();
       set_floating_point_mode(own);
       if (member == 0) region.done = Crowd::now();
     }

@@ -60,9 +60,11 @@ class StepWeights {
                                      Range mine, bool backwards, const Use& use) const {
     constexpr int NV = Shape::vectors, UV = Shape::unit_vectors;
     constexpr int NB = 8 / NV;  // panels side by side for a single row
-    alignas(64) Compute<T> sums[kRowBlock * Shape::width];
     if (mine.end <= mine.begin) return;
     const Range blocks{mine.begin / UV, (mine.end + UV - 1) / UV};
+    if constexpr (kInAmx<T>)
+      if (blocks.begin >= first_packed_) return for_each_amx_block(a, lda, rows, pieces, pieces_n, mine, backwards, use);
+    alignas(64) Compute<T> sums[kRowBlock * Shape::width];
     const int64_t all = blocks.end - blocks.begin;
     // Of one row, groups of full panels that lie alike, and then the others.
     const int64_t full = rows == 1 && NB > 1 && mine.begin % UV == 0 ? mine.end / UV - blocks.begin : 0;
@@ -115,6 +117,36 @@ class StepWeights {
   }
 
  private:
+#if FASTSEQ_AMX
+  template <class Use>
+  void for_each_amx_block(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, Range mine,
+                          bool backwards, const Use& use) const {
+    constexpr int64_t UV = Shape::unit_vectors;
+    const int64_t terms = amx_terms(amx_columns(pieces, pieces_n)), numbers = amx_gathered_numbers(rows, terms);
+    alignas(64) T few[kAmxNumbers];
+    Workspace<T> memory;
+    T* const gathered = numbers > kAmxNumbers ? memory.allocate(numbers) : few;
+    amx_gather(a, lda, rows, pieces, pieces_n, gathered);
+    Amx::configure(rows < kAmxRows ? rows : kAmxRows);
+    alignas(64) float sums[kRowBlock * Shape::width];
+    const Range blocks{mine.begin / UV, (mine.end + UV - 1) / UV};
+    for (int64_t n = 0; n < blocks.end - blocks.begin; ++n) {
+      const int64_t j = backwards ? blocks.end - 1 - n : blocks.begin + n;
+      const int64_t begin = j * UV > mine.begin ? j * UV : mine.begin;
+      const int64_t count = ((j + 1) * UV < mine.end ? (j + 1) * UV : mine.end) - begin;
+      const T* const panel = panel_of(j).data + (begin - j * UV) * kAmxTerms;
+      const auto product = [&](auto part) __attribute__((always_inline)) {
+        amx_product<decltype(part)::value>(gathered, rows, terms, panel, Shape::step, sums, Shape::width, false);
+      };
+      if constexpr (Gates == 1) {
+        for_vectors_of<Shape::vectors, typename Shape::V>(count * Shape::V::size, product);
+      } else {
+        product(Part<Shape::vectors>{});
+      }
+      use(begin, static_cast<int>(count), sums, Shape::width);
+    }
+  }
+#endif
   struct Panel {
     const T* data;
     int64_t step, block;  // numbers from one step, and from one block, to the next

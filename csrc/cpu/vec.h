@@ -2,7 +2,7 @@
 // express (fused multiply-add) is spelt per instruction set.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(FASTSEQ_AMX_EMULATED)  // a vector is as wide as a row of a tile
 #define FASTSEQ_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define FASTSEQ_VECTOR_BYTES 32

@@ -1,0 +1,117 @@
+// Products of rows with packed panels, in AMX's tiles. Each sum takes a tile's terms at a time from the first one on,
+// whatever rows are computed together, so a row's result does not depend on its company here either.
+//
+// The rows come gathered: [block of kAmxRows rows][terms, kAmxTerms at a time][row][kAmxTerms], zero past the last term;
+// fewer than kAmxRows rows are a block of so many.
+#pragma once
+
+#if FASTSEQ_AMX
+static_assert(Vec<float>::size == kAmxColumns && sizeof(Vec<float>) == kAmxRowBytes, "a vector is a row of a tile");
+
+constexpr int64_t amx_terms(int64_t k) { return (k + kAmxTerms - 1) / kAmxTerms; }  // in whole tiles
+constexpr int64_t amx_blocks(int64_t rows) { return (rows + kAmxRows - 1) / kAmxRows; }
+constexpr int64_t amx_block_rows(int64_t rows) { return rows < kAmxRows ? rows : kAmxRows; }
+constexpr int64_t amx_gathered_numbers(int64_t rows, int64_t terms) {
+  return amx_blocks(rows) * amx_block_rows(rows) * terms * kAmxTerms;
+}
+inline int64_t amx_columns(const KPiece* pieces, int pieces_n) {
+  int64_t k = 0;
+  for (int p = 0; p < pieces_n; ++p) k += pieces[p].size;
+  return k;
+}
+
+// The columns of a that some pieces name, one after another. Of rows past the last there is nothing written.
+inline void amx_gather(const bfloat16* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
+                       bfloat16* to) {
+  const int64_t block_rows = amx_block_rows(rows), tile = block_rows * kAmxTerms;
+  const int64_t block_numbers = amx_terms(amx_columns(pieces, pieces_n)) * tile;
+  for (int64_t r = 0; r < rows; ++r) {
+    bfloat16* const row = to + r / kAmxRows * block_numbers + r % kAmxRows * kAmxTerms;
+    int64_t done = 0;
+    for (int p = 0; p < pieces_n; ++p) {
+      const bfloat16* const from = a + r * lda + pieces[p].column;
+      for (int64_t i = 0; i < pieces[p].size;) {
+        const int64_t place = done % kAmxTerms, room = kAmxTerms - place, left = pieces[p].size - i;
+        bfloat16* const at = row + done / kAmxTerms * tile + place;
+        const int64_t here = left < room ? left : room;
+        if (here == kAmxTerms) {
+          __builtin_memcpy(at, from + i, kAmxRowBytes);
+        } else {
+          memcpy(at, from + i, here * sizeof(bfloat16));
+        }
+        i += here, done += here;
+      }
+    }
+    if (done % kAmxTerms)
+      memset(static_cast<void*>(row + done / kAmxTerms * tile + done % kAmxTerms), 0,
+             (kAmxTerms - done % kAmxTerms) * sizeof(bfloat16));
+  }
+}
+
+// c[MB blocks of rows][NV vectors] (+)= a . the first NV vectors of a panel; a tile of a has so many numbers.
+template <int MB, int NV>
+FASTSEQ_INLINE void amx_tile(const bfloat16* a, int64_t tile, int64_t terms, const bfloat16* panel, int64_t step,
+                             float* c, int64_t ldc, bool accumulate) {
+  static_assert(MB * NV <= 4 && (MB == 1 || NV <= 2), "four tiles of sums");
+  constexpr int L = kAmxLeft, R = kAmxRight;
+  const int64_t ldc_bytes = ldc * sizeof(float), step_bytes = step * sizeof(bfloat16);
+  const auto each_sum = [&](const auto& use) __attribute__((always_inline)) {
+    use(Part<0>{}, c);
+    if constexpr (NV > 1) use(Part<1>{}, c + kAmxColumns);
+    if constexpr (MB > 1) use(Part<2>{}, c + kAmxRows * ldc);
+    if constexpr (MB > 1 && NV > 1) use(Part<3>{}, c + kAmxRows * ldc + kAmxColumns);
+    if constexpr (MB == 1 && NV > 2) use(Part<2>{}, c + 2 * kAmxColumns);
+    if constexpr (MB == 1 && NV > 3) use(Part<3>{}, c + 3 * kAmxColumns);
+  };
+  each_sum([&](auto part, float* at) __attribute__((always_inline)) {
+    constexpr int sum = decltype(part)::value;
+    if (accumulate) {
+      Amx::load<sum>(at, ldc_bytes);
+    } else {
+      Amx::zero<sum>();
+    }
+  });
+  for (int64_t s = 0; s < terms; ++s) {
+    const bfloat16* const b = panel + s * (kAmxTerms / 2) * step;
+    Amx::load<L>(a + s * tile, kAmxRowBytes);
+    Amx::load<R>(b, step_bytes);
+    Amx::multiply_add<0, L, R>();
+    if constexpr (MB > 1) {
+      Amx::load<L + 1>(a + (terms + s) * tile, kAmxRowBytes);
+      Amx::multiply_add<2, L + 1, R>();
+    }
+    if constexpr (NV > 1) {
+      Amx::load<R + 1>(b + kAmxTerms, step_bytes);
+      Amx::multiply_add<1, L, R + 1>();
+      if constexpr (MB > 1) Amx::multiply_add<3, L + 1, R + 1>();
+    }
+    if constexpr (MB == 1 && NV > 2) {
+      Amx::load<R>(b + 2 * kAmxTerms, step_bytes);
+      Amx::multiply_add<2, L, R>();
+    }
+    if constexpr (MB == 1 && NV > 3) {
+      Amx::load<R + 1>(b + 3 * kAmxTerms, step_bytes);
+      Amx::multiply_add<3, L, R + 1>();
+    }
+  }
+  each_sum([&](auto part, float* at) __attribute__((always_inline)) {
+    Amx::store<decltype(part)::value>(at, ldc_bytes);
+  });
+}
+
+// c[rows][NV vectors] (+)= gathered rows . the first NV vectors of a panel. c has whole blocks of rows, but for rows that
+// are fewer than one.
+template <int NV>
+FASTSEQ_INLINE void amx_product(const bfloat16* a, int64_t rows, int64_t terms, const bfloat16* panel, int64_t step,
+                                float* c, int64_t ldc, bool accumulate) {
+  const int64_t tile = amx_block_rows(rows) * kAmxTerms;
+  int64_t r = 0;
+  for (; r + kAmxRows < rows; r += 2 * kAmxRows, a += 2 * terms * tile) {
+    float* const to = c + r * ldc;
+    amx_tile<2, (NV < 2 ? NV : 2)>(a, tile, terms, panel, step, to, ldc, accumulate);
+    if constexpr (NV > 2)
+      amx_tile<2, NV - 2>(a, tile, terms, panel + 2 * kAmxTerms, step, to + 2 * kAmxColumns, ldc, accumulate);
+  }
+  if (r < rows) amx_tile<1, NV>(a, tile, terms, panel, step, c + r * ldc, ldc, accumulate);
+}
+#endif

@@ -1,0 +1,75 @@
+// Blocks of a large product in AMX's tiles (amx_product.h).
+#pragma once
+
+#if FASTSEQ_AMX
+// Rows [i0, i0 + rows) of A as amx_product takes them.
+inline void amx_pack_a(const Matrix<bfloat16>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_size, bfloat16* to) {
+  if (a.column == 1) {
+    const KPiece all[1] = {{k0, k_size}};
+    return amx_gather(a.data + i0 * a.row, a.row, rows, all, 1, to);
+  }
+  const int64_t terms = amx_terms(k_size), block_rows = amx_block_rows(rows);
+  // Columns: pairs of terms side by side, and those transposed.
+  for (int64_t i = 0; i < rows; i += kAmxRows)
+    for (int64_t s = 0; s < terms; ++s, to += block_rows * kAmxTerms) {
+      const bfloat16* const from = a.data + i0 + i + (k0 + s * kAmxTerms) * a.column;
+      const int64_t here = rows - i, left = k_size - s * kAmxTerms;
+      Vec<float> pairs[kAmxTerms / 2];
+      if (here >= kAmxRows && left >= kAmxTerms) {
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < kAmxTerms; k += 2)
+          pairs[k / 2] = pairs_at(from + k * a.column, from + (k + 1) * a.column, kAmxRows, kAmxRows);
+      } else {
+        for (int64_t k = 0; k < kAmxTerms; k += 2)
+          pairs[k / 2] = pairs_at(from + (k < left ? k : 0) * a.column, from + (k + 1 < left ? k + 1 : 0) * a.column,
+                                  k < left ? here : 0, k + 1 < left ? here : 0);
+      }
+      swap_blocks<1>(pairs, typename CountLanes<kAmxRows>::type{});
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kAmxRows; ++r)
+        if (r < block_rows) pairs[r].store(reinterpret_cast<float*>(to + r * kAmxTerms));
+    }
+}
+
+// As gemm_block, of at least kAmxRows rows or all that A has.
+inline void amx_gemm_block(const Matrix<bfloat16>& a, Range rows, Depth k, Range next, Depth k_next,
+                           const bfloat16* panels, int64_t panel_stride, Range columns, int64_t n, bfloat16* a_memory,
+                           bool accumulate, float* c, int64_t ldc) {
+  using Shape = PanelShape<bfloat16, 1>;
+  using V = Vec<float>;
+  const int64_t here = rows.end - rows.begin, terms = amx_terms(k.size);
+  const int64_t block_rows = amx_block_rows(here), block_numbers = terms * block_rows * kAmxTerms;
+  Amx::configure(block_rows);
+  amx_pack_a(a, rows.begin, here, k.begin, k.size, a_memory);
+  const int64_t pairs = (here + 2 * kAmxRows - 1) / (2 * kAmxRows);
+  RowsAhead<bfloat16> rows_ahead(a, next, k_next.begin, k_next.size, (columns.end - columns.begin) * pairs);
+  for (int64_t j = columns.begin; j < columns.end; ++j) {
+    const bfloat16* const panel = panels + j * panel_stride;
+    const int64_t valid = n - j * Shape::width < Shape::width ? n - j * Shape::width : Shape::width;
+    const auto product = [&](auto part) __attribute__((always_inline)) {
+      constexpr int tiles = decltype(part)::value;
+      for (int64_t i = 0; i < here; i += 2 * kAmxRows) {
+        rows_ahead.ask();
+        const bfloat16* const from = a_memory + i / kAmxRows * block_numbers;
+        float* const to = c + (rows.begin + i) * ldc + j * Shape::width;
+        const int64_t count = here - i < 2 * kAmxRows ? here - i : 2 * kAmxRows;
+        const int64_t computed = amx_blocks(count) * block_rows;
+        if (valid == tiles * kAmxColumns && count == computed) {
+          amx_product<tiles>(from, computed, terms, panel, Shape::step, to, ldc, accumulate);
+          continue;
+        }
+        alignas(64) float sums[2 * kAmxRows * Shape::width];
+        if (accumulate)
+          for (int64_t r = 0; r < count; ++r)
+            for (int64_t v = 0; v < valid; v += V::size)
+              V::load(to + r * ldc + v, valid - v).store(sums + r * Shape::width + v);
+        amx_product<tiles>(from, computed, terms, panel, Shape::step, sums, Shape::width, accumulate);
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t v = 0; v < valid; v += V::size)
+            V::load(sums + r * Shape::width + v).store(to + r * ldc + v, valid - v);
+      }
+    };
+    for_vectors_of<Shape::vectors, V>(valid, product);
+  }
+}
+#endif
