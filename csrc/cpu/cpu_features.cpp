@@ -41,7 +41,7 @@ bool machine_runs(const char* isa) {
   if (!std::strcmp(isa, "avx512bf16")) return avx512bf16;
   if (!std::strcmp(isa, "amx")) return avx512bf16 && amx();
 #endif
-  return !std::strcmp(isa, "baseline") || !std::strcmp(isa, "neon");
+  return !std::strcmp(isa, "baseline") || !std::strcmp(isa, "neon") || !std::strcmp(isa, "amx_emulated");
 }
 
 }  // namespace fastseq::cpu

@@ -44,11 +44,11 @@ struct Probes {
 struct Kernels {
   const char* isa;
   CellFacts cells[kCells];
-  TypedKernels<float> f32;
-  TypedKernels<double> f64;
-  TypedKernels<bfloat16> bf16;
-  Probes<float> probes_f32;
-  Probes<double> probes_f64;
+  const TypedKernels<float>* f32;
+  const TypedKernels<double>* f64;
+  const TypedKernels<bfloat16>* bf16;
+  const Probes<float>* probes_f32;
+  const Probes<double>* probes_f64;
   // For the benchmark: bytes/s read by so many threads, each so often over so many bytes of its own.
   double (*read_rate)(int64_t bytes, int64_t repeats, int threads);
 
@@ -59,23 +59,23 @@ struct Kernels {
 };
 template <>
 inline const TypedKernels<float>& Kernels::typed<float>() const {
-  return f32;
+  return *f32;
 }
 template <>
 inline const TypedKernels<double>& Kernels::typed<double>() const {
-  return f64;
+  return *f64;
 }
 template <>
 inline const TypedKernels<bfloat16>& Kernels::typed<bfloat16>() const {
-  return bf16;
+  return *bf16;
 }
 template <>
 inline const Probes<float>& Kernels::probes<float>() const {
-  return probes_f32;
+  return *probes_f32;
 }
 template <>
 inline const Probes<double>& Kernels::probes<double>() const {
-  return probes_f64;
+  return *probes_f64;
 }
 
 // The best instruction set of this build that the machine runs, or the one FASTSEQ_ISA names; chosen once. Throws

@@ -28,6 +28,15 @@ int omp_get_num_threads(void);
 #define FASTSEQ_STRING_(x) #x
 #define FASTSEQ_STRING(x) FASTSEQ_STRING_(x)
 
+#if defined(FASTSEQ_ISA_BASE)  // float and double are that instruction set's
+namespace fastseq::cpu::FASTSEQ_ISA_BASE {
+extern const TypedKernels<float> kF32;
+extern const TypedKernels<double> kF64;
+extern const Probes<float> kProbesF32;
+extern const Probes<double> kProbesF64;
+}  // namespace fastseq::cpu::FASTSEQ_ISA_BASE
+#endif
+
 namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
 
 #include "vec.h"
@@ -93,17 +102,34 @@ constexpr Probes<T> probes_of() {
   };
 }
 
+#if defined(FASTSEQ_ISA_BASE)
+using fastseq::cpu::FASTSEQ_ISA_BASE::kF32;
+using fastseq::cpu::FASTSEQ_ISA_BASE::kF64;
+using fastseq::cpu::FASTSEQ_ISA_BASE::kProbesF32;
+using fastseq::cpu::FASTSEQ_ISA_BASE::kProbesF64;
+#else
+extern const TypedKernels<float> kF32;
+extern const TypedKernels<double> kF64;
+extern const Probes<float> kProbesF32;
+extern const Probes<double> kProbesF64;
+const TypedKernels<float> kF32 = typed_kernels<float>();
+const TypedKernels<double> kF64 = typed_kernels<double>();
+const Probes<float> kProbesF32 = probes_of<float>();
+const Probes<double> kProbesF64 = probes_of<double>();
+#endif
+static const TypedKernels<bfloat16> kBf16 = typed_kernels<bfloat16>();
+
 extern const Kernels kTable;
 const Kernels kTable = {
     FASTSEQ_STRING(FASTSEQ_ISA_NAMESPACE),
 #define X(name, type) {#name, type::gates, type::kept, type::cell_state},
     {FASTSEQ_FOR_EACH_CELL(X)},
 #undef X
-    typed_kernels<float>(),
-    typed_kernels<double>(),
-    typed_kernels<bfloat16>(),
-    probes_of<float>(),
-    probes_of<double>(),
+    &kF32,
+    &kF64,
+    &kBf16,
+    &kProbesF32,
+    &kProbesF64,
     read_rate,
 };
 

@@ -11,7 +11,10 @@ constexpr int64_t kChain = 128;
 constexpr int64_t kRowBlock = 64;  // rows that share one pass over a panel; bounds the scratch
 
 // Register tiles: rows MR by NV vectors, MR*NV accumulators plus the operands within the register file.
-#if FASTSEQ_VECTOR_BYTES == 64 || defined(__aarch64__)  // 32 registers
+#if defined(FASTSEQ_AMX_EMULATED)  // soon compiled
+constexpr int tile_rows(int) { return 1; }
+constexpr int kWideVectors = 4;
+#elif FASTSEQ_VECTOR_BYTES == 64 || defined(__aarch64__)  // 32 registers
 constexpr int tile_rows(int nv) { return nv == 3 ? 8 : 6; }
 constexpr int kWideVectors = 4;  // vectors of units in a panel that has no gates to fill it
 #else                            // 16 registers

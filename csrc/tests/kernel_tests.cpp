@@ -31,11 +31,11 @@ void check_isa(Report& report, const Kernels& kernels, bool quick) {
   section("attention", [&] {
     const std::string of = kernels.isa;
     report.where = of + " float32";
-    check_attention(report, kernels.f32, epsilon<float>(), kForwardBound, quick);
+    check_attention(report, *kernels.f32, epsilon<float>(), kForwardBound, quick);
     report.where = of + " float64";
-    check_attention(report, kernels.f64, epsilon<double>(), kForwardBound, quick);
+    check_attention(report, *kernels.f64, epsilon<double>(), kForwardBound, quick);
     report.where = of + " bfloat16";
-    check_attention(report, kernels.bf16, epsilon<bfloat16>(), kHalfBound, quick);
+    check_attention(report, *kernels.bf16, epsilon<bfloat16>(), kHalfBound, quick);
   });
   for (int cell = 0; cell < cpu::kCells; ++cell) {
     const CellFacts& facts = kernels.cells[cell];

@@ -41,14 +41,14 @@ void check_positive(const char* name, int64_t value) {
 }  // namespace
 
 void gemm(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c) {
-  cpu::kernels().probes_f32.gemm(at::get_num_threads(), m, n, k, a, b, c);
+  cpu::kernels().probes_f32->gemm(at::get_num_threads(), m, n, k, a, b, c);
 }
 
 double fma_rate(int64_t iterations, int threads, const std::string& dtype) {
   check_positive("iterations", iterations);
   check_positive("threads", threads);
-  if (dtype == "float32") return cpu::kernels().probes_f32.fma_rate(iterations, threads);
-  if (dtype == "float64") return cpu::kernels().probes_f64.fma_rate(iterations, threads);
+  if (dtype == "float32") return cpu::kernels().probes_f32->fma_rate(iterations, threads);
+  if (dtype == "float64") return cpu::kernels().probes_f64->fma_rate(iterations, threads);
   throw std::invalid_argument("dtype must be float32 or float64; got '" + dtype + "'");
 }
 
