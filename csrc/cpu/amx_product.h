@@ -48,10 +48,11 @@ inline void amx_gather(const bfloat16* a, int64_t lda, int64_t rows, const KPiec
   }
 }
 
-// c[MB blocks of rows][NV vectors] (+)= a . the first NV vectors of a panel; a tile of a has so many numbers.
-template <int MB, int NV>
+// c[MB blocks of rows][NV vectors] (+)= a . the first NV vectors of a panel; a tile of a has so many numbers. `ahead` is
+// what comes after them, in the same places of another panel: it is asked for meanwhile.
+template <int MB, int NV, bool fetches>
 FASTSEQ_INLINE void amx_tile(const bfloat16* a, int64_t tile, int64_t terms, const bfloat16* panel, int64_t step,
-                             float* c, int64_t ldc, bool accumulate) {
+                             float* c, int64_t ldc, bool accumulate, const bfloat16* ahead) {
   static_assert(MB * NV <= 4 && (MB == 1 || NV <= 2), "four tiles of sums");
   constexpr int L = kAmxLeft, R = kAmxRight;
   const int64_t ldc_bytes = ldc * sizeof(float), step_bytes = step * sizeof(bfloat16);
@@ -73,6 +74,11 @@ FASTSEQ_INLINE void amx_tile(const bfloat16* a, int64_t tile, int64_t terms, con
   });
   for (int64_t s = 0; s < terms; ++s) {
     const bfloat16* const b = panel + s * (kAmxTerms / 2) * step;
+    if constexpr (fetches)
+      for (int64_t k = 0; k < kAmxTerms / 2; ++k)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v)
+          __builtin_prefetch(ahead + (s * (kAmxTerms / 2) + k) * step + v * kAmxTerms, 0, 2);
     Amx::load<L>(a + s * tile, kAmxRowBytes);
     Amx::load<R>(b, step_bytes);
     Amx::multiply_add<0, L, R>();
@@ -100,18 +106,25 @@ FASTSEQ_INLINE void amx_tile(const bfloat16* a, int64_t tile, int64_t terms, con
 }
 
 // c[rows][NV vectors] (+)= gathered rows . the first NV vectors of a panel. c has whole blocks of rows, but for rows that
-// are fewer than one.
-template <int NV>
+// are fewer than one. ahead: another panel that is asked for meanwhile.
+template <int NV, bool fetches>
 FASTSEQ_INLINE void amx_product(const bfloat16* a, int64_t rows, int64_t terms, const bfloat16* panel, int64_t step,
-                                float* c, int64_t ldc, bool accumulate) {
+                                float* c, int64_t ldc, bool accumulate, const bfloat16* ahead = nullptr) {
   const int64_t tile = amx_block_rows(rows) * kAmxTerms;
+  constexpr int64_t second = 2 * kAmxTerms;
   int64_t r = 0;
   for (; r + kAmxRows < rows; r += 2 * kAmxRows, a += 2 * terms * tile) {
     float* const to = c + r * ldc;
-    amx_tile<2, (NV < 2 ? NV : 2)>(a, tile, terms, panel, step, to, ldc, accumulate);
-    if constexpr (NV > 2)
-      amx_tile<2, NV - 2>(a, tile, terms, panel + 2 * kAmxTerms, step, to + 2 * kAmxColumns, ldc, accumulate);
+    const auto pair = [&](auto asks) __attribute__((always_inline)) {
+      constexpr bool ask = decltype(asks)::value;
+      amx_tile<2, (NV < 2 ? NV : 2), ask>(a, tile, terms, panel, step, to, ldc, accumulate, ahead);
+      if constexpr (NV > 2)
+        amx_tile<2, NV - 2, ask>(
+            a, tile, terms, panel + second, step, to + 2 * kAmxColumns, ldc, accumulate, ahead + second);
+    };
+    fetches && r == 0 ? pair(Part<fetches>{}) : pair(Part<false>{});
   }
-  if (r < rows) amx_tile<1, NV>(a, tile, terms, panel, step, c + r * ldc, ldc, accumulate);
+  if (r < rows)
+    amx_tile<1, NV, fetches>(a, tile, terms, panel, step, c + r * ldc, ldc, accumulate, ahead);
 }
 #endif

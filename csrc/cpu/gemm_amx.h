@@ -39,6 +39,8 @@ inline void amx_gemm_block(const Matrix<bfloat16>& a, Range rows, Depth k, Range
   using V = Vec<float>;
   const int64_t here = rows.end - rows.begin, terms = amx_terms(k.size);
   const int64_t block_rows = amx_block_rows(here), block_numbers = terms * block_rows * kAmxTerms;
+  const bool far =
+      (columns.end - columns.begin) * panel_stride * static_cast<int64_t>(sizeof(bfloat16)) >= kGemmBytesFar;
   Amx::configure(block_rows);
   amx_pack_a(a, rows.begin, here, k.begin, k.size, a_memory);
   const int64_t pairs = (here + 2 * kAmxRows - 1) / (2 * kAmxRows);
@@ -55,7 +57,12 @@ inline void amx_gemm_block(const Matrix<bfloat16>& a, Range rows, Depth k, Range
         const int64_t count = here - i < 2 * kAmxRows ? here - i : 2 * kAmxRows;
         const int64_t computed = amx_blocks(count) * block_rows;
         if (valid == tiles * kAmxColumns && count == computed) {
-          amx_product<tiles>(from, computed, terms, panel, Shape::step, to, ldc, accumulate);
+          if (far && i == 0 && j + 1 < columns.end) {
+            amx_product<tiles, true>(
+                from, computed, terms, panel, Shape::step, to, ldc, accumulate, panel + panel_stride);
+          } else {
+            amx_product<tiles, false>(from, computed, terms, panel, Shape::step, to, ldc, accumulate);
+          }
           continue;
         }
         alignas(64) float sums[2 * kAmxRows * Shape::width];
@@ -63,7 +70,7 @@ inline void amx_gemm_block(const Matrix<bfloat16>& a, Range rows, Depth k, Range
           for (int64_t r = 0; r < count; ++r)
             for (int64_t v = 0; v < valid; v += V::size)
               V::load(to + r * ldc + v, valid - v).store(sums + r * Shape::width + v);
-        amx_product<tiles>(from, computed, terms, panel, Shape::step, sums, Shape::width, accumulate);
+        amx_product<tiles, false>(from, computed, terms, panel, Shape::step, sums, Shape::width, accumulate);
         for (int64_t r = 0; r < count; ++r)
           for (int64_t v = 0; v < valid; v += V::size)
             V::load(sums + r * Shape::width + v).store(to + r * ldc + v, valid - v);

@@ -3,6 +3,7 @@
 
 // Weights of so many bytes come from so far away every step that they are asked for ahead of their use.
 constexpr int64_t kBytesFar = 6 << 20;
+constexpr int64_t kAmxBytesFar = 1 << 20;  // tiles are done sooner
 // Of fewer rows a part of a panel takes nearly as long as all of it: its lines come along.
 constexpr int64_t kRowsToSplitPanels = 4;
 
@@ -130,13 +131,21 @@ class StepWeights {
     Amx::configure(rows < kAmxRows ? rows : kAmxRows);
     alignas(64) float sums[kRowBlock * Shape::width];
     const Range blocks{mine.begin / UV, (mine.end + UV - 1) / UV};
-    for (int64_t n = 0; n < blocks.end - blocks.begin; ++n) {
+    const int64_t all = blocks.end - blocks.begin;
+    const bool far = all * Shape::panel_numbers(k_) * static_cast<int64_t>(sizeof(T)) >= kAmxBytesFar;
+    for (int64_t n = 0; n < all; ++n) {
       const int64_t j = backwards ? blocks.end - 1 - n : blocks.begin + n;
       const int64_t begin = j * UV > mine.begin ? j * UV : mine.begin;
       const int64_t count = ((j + 1) * UV < mine.end ? (j + 1) * UV : mine.end) - begin;
       const T* const panel = panel_of(j).data + (begin - j * UV) * kAmxTerms;
+      const T* const next = far && n + 1 < all ? panel_of(backwards ? j - 1 : j + 1).data : nullptr;
       const auto product = [&](auto part) __attribute__((always_inline)) {
-        amx_product<decltype(part)::value>(gathered, rows, terms, panel, Shape::step, sums, Shape::width, false);
+        constexpr int vectors = decltype(part)::value;
+        if (next) {
+          amx_product<vectors, true>(gathered, rows, terms, panel, Shape::step, sums, Shape::width, false, next);
+        } else {
+          amx_product<vectors, false>(gathered, rows, terms, panel, Shape::step, sums, Shape::width, false);
+        }
       };
       if constexpr (Gates == 1) {
         for_vectors_of<Shape::vectors, typename Shape::V>(count * Shape::V::size, product);
