@@ -53,7 +53,7 @@ FAULTS = {
     ),
     "backward: dW_hh takes h of the same step": (BACKWARD, "walk_.reverse ? begin + B : begin - B", "begin"),
     "backward: every chunk overwrites the one before": (BACKWARD, "!first, out, I);", "false, out, I);"),
-    "gemm: a later block of K overwrites the first": (GEMM, "accumulate_ || k.begin > 0,", "accumulate_,"),
+    "gemm: a later block of K overwrites the first": (GEMM, "accumulate_ || k.begin > 0;", "accumulate_;"),
     "gemm: shorter blocks move their panels together": (
         GEMM,
         "to + j * layout_.panel_stride + from",
@@ -154,8 +154,8 @@ VARIANTS = {
     "vectors as wide as those of AVX-512, on any processor": (
         (
             VECTORS,
-            "#if defined(__AVX512F__)\n#define FASTSEQ",
-            "#undef __AVX2__\n#undef __FMA__\n#if 1\n#define FASTSEQ",
+            "#if defined(__AVX512F__) || defined(FASTSEQ_AMX_EMULATED)",
+            "#undef __AVX2__\n#undef __FMA__\n#if 1",
         ),
     ),
 }
