@@ -48,14 +48,53 @@ inline void amx_gather(const bfloat16* a, int64_t lda, int64_t rows, const KPiec
   }
 }
 
-// c[MB blocks of rows][NV vectors] (+)= a . the first NV vectors of a panel; a tile of a has so many numbers. `ahead` is
-// what comes after them, in the same places of another panel: it is asked for meanwhile.
+// The same of a^T, whose row r and term k are at a[k * lda + r], in blocks of so many rows: pairs of terms side by side
+// first, and those transposed. Rows of a block that are not there are zero.
+inline void amx_gather_columns(const bfloat16* a, int64_t lda, int64_t rows, int64_t k_size, int64_t block_rows,
+                               bfloat16* to) {
+  const int64_t terms = amx_terms(k_size);
+  for (int64_t i = 0; i < rows; i += kAmxRows)
+    for (int64_t s = 0; s < terms; ++s, to += block_rows * kAmxTerms) {
+      const bfloat16* const from = a + i + s * kAmxTerms * lda;
+      const int64_t here = rows - i, left = k_size - s * kAmxTerms;
+      Vec<float> pairs[kAmxTerms / 2];
+      if (here >= kAmxRows && left >= kAmxTerms) {
+#pragma GCC unroll 16
+        for (int64_t k = 0; k < kAmxTerms; k += 2)
+          pairs[k / 2] = pairs_at(from + k * lda, from + (k + 1) * lda, kAmxRows, kAmxRows);
+      } else {
+        for (int64_t k = 0; k < kAmxTerms; k += 2)
+          pairs[k / 2] = pairs_at(from + (k < left ? k : 0) * lda, from + (k + 1 < left ? k + 1 : 0) * lda,
+                                  k < left ? here : 0, k + 1 < left ? here : 0);
+      }
+      swap_blocks<1>(pairs, typename CountLanes<kAmxRows>::type{});
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kAmxRows; ++r)
+        if (r < block_rows) pairs[r].store(reinterpret_cast<float*>(to + r * kAmxTerms));
+    }
+}
+
+// The left side of a product: where row 0 has its first kAmxTerms terms, and how many numbers further its next row, its
+// next terms and the next block of rows are.
+struct AmxLeft {
+  const bfloat16* data;
+  int64_t row, terms, block;
+
+  static AmxLeft gathered(const bfloat16* data, int64_t block_rows, int64_t terms) {
+    return {data, kAmxTerms, block_rows * kAmxTerms, terms * block_rows * kAmxTerms};
+  }
+  static AmxLeft in_place(const bfloat16* data, int64_t row) { return {data, row, kAmxTerms, kAmxRows * row}; }
+};
+
+// c[MB blocks of rows][NV vectors] (+)= a . the first NV vectors of a panel. `ahead` is what comes after them, in the
+// same places of another panel: it is asked for meanwhile.
 template <int MB, int NV, bool fetches>
-FASTSEQ_INLINE void amx_tile(const bfloat16* a, int64_t tile, int64_t terms, const bfloat16* panel, int64_t step,
-                             float* c, int64_t ldc, bool accumulate, const bfloat16* ahead) {
+FASTSEQ_INLINE void amx_tile(const AmxLeft& a, int64_t terms, const bfloat16* panel, int64_t step, float* c,
+                             int64_t ldc, bool accumulate, const bfloat16* ahead) {
   static_assert(MB * NV <= 4 && (MB == 1 || NV <= 2), "four tiles of sums");
   constexpr int L = kAmxLeft, R = kAmxRight;
   const int64_t ldc_bytes = ldc * sizeof(float), step_bytes = step * sizeof(bfloat16);
+  const int64_t row_bytes = a.row * sizeof(bfloat16);
   const auto each_sum = [&](const auto& use) __attribute__((always_inline)) {
     use(Part<0>{}, c);
     if constexpr (NV > 1) use(Part<1>{}, c + kAmxColumns);
@@ -79,11 +118,11 @@ FASTSEQ_INLINE void amx_tile(const bfloat16* a, int64_t tile, int64_t terms, con
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v)
           __builtin_prefetch(ahead + (s * (kAmxTerms / 2) + k) * step + v * kAmxTerms, 0, 2);
-    Amx::load<L>(a + s * tile, kAmxRowBytes);
+    Amx::load<L>(a.data + s * a.terms, row_bytes);
     Amx::load<R>(b, step_bytes);
     Amx::multiply_add<0, L, R>();
     if constexpr (MB > 1) {
-      Amx::load<L + 1>(a + (terms + s) * tile, kAmxRowBytes);
+      Amx::load<L + 1>(a.data + a.block + s * a.terms, row_bytes);
       Amx::multiply_add<2, L + 1, R>();
     }
     if constexpr (NV > 1) {
@@ -105,26 +144,31 @@ FASTSEQ_INLINE void amx_tile(const bfloat16* a, int64_t tile, int64_t terms, con
   });
 }
 
-// c[rows][NV vectors] (+)= gathered rows . the first NV vectors of a panel. c has whole blocks of rows, but for rows that
-// are fewer than one. ahead: another panel that is asked for meanwhile.
+// The same for as many vectors as a panel may have.
+template <int MB, int NV, bool fetches>
+FASTSEQ_INLINE void amx_blocks_product(const AmxLeft& a, int64_t terms, const bfloat16* panel, int64_t step, float* c,
+                                       int64_t ldc, bool accumulate, const bfloat16* ahead) {
+  constexpr int first = MB == 1 || NV < 2 ? NV : 2;
+  amx_tile<MB, first, fetches>(a, terms, panel, step, c, ldc, accumulate, ahead);
+  if constexpr (NV > first)
+    amx_tile<MB, NV - first, fetches>(a, terms, panel + first * kAmxTerms, step, c + first * kAmxColumns, ldc,
+                                      accumulate, fetches ? ahead + first * kAmxTerms : nullptr);
+}
+
+// c[rows][NV vectors] (+)= a . the first NV vectors of a panel. c has whole blocks of rows, but for rows that are fewer
+// than one. ahead: another panel that is asked for meanwhile.
 template <int NV, bool fetches>
-FASTSEQ_INLINE void amx_product(const bfloat16* a, int64_t rows, int64_t terms, const bfloat16* panel, int64_t step,
-                                float* c, int64_t ldc, bool accumulate, const bfloat16* ahead = nullptr) {
-  const int64_t tile = amx_block_rows(rows) * kAmxTerms;
-  constexpr int64_t second = 2 * kAmxTerms;
+FASTSEQ_INLINE void amx_product(AmxLeft a, int64_t rows, int64_t terms, const bfloat16* panel, int64_t step, float* c,
+                                int64_t ldc, bool accumulate, const bfloat16* ahead = nullptr) {
   int64_t r = 0;
-  for (; r + kAmxRows < rows; r += 2 * kAmxRows, a += 2 * terms * tile) {
+  for (; r + kAmxRows < rows; r += 2 * kAmxRows, a.data += 2 * a.block) {
     float* const to = c + r * ldc;
-    const auto pair = [&](auto asks) __attribute__((always_inline)) {
-      constexpr bool ask = decltype(asks)::value;
-      amx_tile<2, (NV < 2 ? NV : 2), ask>(a, tile, terms, panel, step, to, ldc, accumulate, ahead);
-      if constexpr (NV > 2)
-        amx_tile<2, NV - 2, ask>(
-            a, tile, terms, panel + second, step, to + 2 * kAmxColumns, ldc, accumulate, ahead + second);
-    };
-    fetches && r == 0 ? pair(Part<fetches>{}) : pair(Part<false>{});
+    if (fetches && r == 0) {
+      amx_blocks_product<2, NV, fetches>(a, terms, panel, step, to, ldc, accumulate, ahead);
+    } else {
+      amx_blocks_product<2, NV, false>(a, terms, panel, step, to, ldc, accumulate, ahead);
+    }
   }
-  if (r < rows)
-    amx_tile<1, NV, fetches>(a, tile, terms, panel, step, c + r * ldc, ldc, accumulate, ahead);
+  if (r < rows) amx_blocks_product<1, NV, fetches>(a, terms, panel, step, c + r * ldc, ldc, accumulate, ahead);
 }
 #endif

@@ -11,9 +11,10 @@
 // each part, which are added in order at the end, and the parts depend on the sizes alone: so do the bits.
 #pragma once
 
-constexpr int64_t kGradientQueries = 48;
+template <class F>
+constexpr int64_t kGradientQueries = kInAmx<F> ? 64 : 48;  // whole tiles, and whole tiles of terms
 constexpr int64_t kGradientKeys = 256;
-static_assert(kGradientQueries % kTileRows == 0, "blocks have whole tiles");
+static_assert(48 % kTileRows == 0 && 64 % kAmxTerms == 0 && kGradientKeys % kAmxTerms == 0, "blocks have whole tiles");
 
 // P and dS of one block of queries and keys.
 template <class T>
@@ -24,6 +25,7 @@ class ScoreGradients {
   using F = Factor<T>;
   using Shape = PanelShape<F, 1>;
   static constexpr int count = Terms<F>::count;
+  static constexpr int64_t kQueries = kGradientQueries<F>;
 
   // Of the product of queries and keys, times the scale, or of the score that the softmax sees.
   enum class Of { product, score };
@@ -35,15 +37,15 @@ class ScoreGradients {
     ld_ = score_stride<A>(kGradientKeys);
     k_panels_.allocate(panels * Shape::panel_numbers(p.size));
     v_panels_.allocate(panels * Shape::panel_numbers(p.value_size));
-    probabilities_.allocate(kGradientQueries * ld_), gradients_.allocate(kGradientQueries * ld_);
+    probabilities_.allocate(kQueries * ld_), gradients_.allocate(kQueries * ld_);
     const int64_t most = p.size > p.value_size ? p.size : p.value_size;
     k_packed_.allocate(kGradientKeys * whole_vectors<T>(p.size));
-    q_packed_.allocate(kGradientQueries * whole_vectors<T>(p.size));
-    d_out_packed_.allocate(kGradientQueries * whole_vectors<T>(p.value_size));
+    q_packed_.allocate(kQueries * whole_vectors<T>(p.size));
+    d_out_packed_.allocate(kQueries * whole_vectors<T>(p.value_size));
     if (FactorRows<T>::copies(p.size) || FactorRows<T>::copies(p.value_size))
-      memory_.allocate(kGradientQueries * whole_steps<F>(most));
+      memory_.allocate(kQueries * padded_terms<F>(most));
     if (sizeof(T) != sizeof(F)) scratch_.allocate(Shape::panel_numbers(most));
-    if (joins_rows_) gradient_rows_.allocate(kGradientQueries * ld_);
+    if (joins_rows_) gradient_rows_.allocate(kQueries * ld_);
     if (through_cap_) cap_derivative_.allocate(kGradientKeys);
     if (p.dropout.threshold) multipliers_.allocate(kGradientKeys);
   }
@@ -69,28 +71,42 @@ class ScoreGradients {
       const T* const at = from.at(n, i0);
       const FactorRows<T> left(at, from.row, rows, size, memory_.get());
       score_product(left.data, left.row, rows, size, panels, keys_, to, ld_,
-                    [&](int64_t m0, int64_t m1) { return keys_of(m0, m1); });
+                    [&](int64_t m0, int64_t) { return keys_of_tile(m0); });
+#if FASTSEQ_AMX
+      if constexpr (kInAmx<F>) return amx_gather_columns(at, from.row, size, rows, kAmxRows, packed);
+#endif
       pack_rows(at, from.row, rows, size, packed);
     };
     product(p_->q, p_->size, k_panels_.get(), q_packed_.get(), probabilities_.get());
     product(p_->d_out, p_->value_size, v_panels_.get(), d_out_packed_.get(), gradients_.get());
     const A* const lse = p_->lse.of(n) + i0;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t m0 = r / kTileRows * kTileRows, m1 = m0 + kTileRows < rows ? m0 + kTileRows : rows;
-      const Range tile = keys_of(m0, m1);
+      const Range tile = keys_of_tile(r);
       row(n, r, lse[r], delta[r], keys_of(r, r + 1), tile);
       if (joins_rows_ && (r % 2 == 1 || r + 1 == rows)) join_rows(r / 2 * 2, rows, read_of(tile));
+    }
+    if (joins_rows_ && kInAmx<F>) {  // terms past the last query
+      const Range read = read_of(keys_of_tile(0));
+      for (int64_t r = whole_steps<F>(rows); r < padded_terms<F>(rows); r += 2)
+        for (int64_t j = read.begin; j < read.end; ++j) probabilities_.get()[r * ld_ + j] = gradients_.get()[r * ld_ + j] = 0;
     }
   }
 
   // Relative to the blocks: the keys that rows see, and the queries that see keys.
   Range keys_of(int64_t m0, int64_t m1) const { return visible_.in_block(i0_ + m0, i0_ + m1, j0_, keys_); }
+  // What is computed of row m: of AMX, the same for the whole block.
+  Range keys_of_tile(int64_t m) const {
+    if (kInAmx<F>) return keys_of(0, rows_);
+    const int64_t m0 = m / kTileRows * kTileRows, m1 = m0 + kTileRows;
+    return keys_of(m0, m1 < rows_ ? m1 : rows_);
+  }
   Range queries_of(int64_t c0, int64_t c1) const {
     const int64_t begin = j0_ + c0 - p_->band.high - i0_, end = j0_ + c1 - p_->band.low - i0_;
     return {begin < 0 ? 0 : begin, end < rows_ ? end : rows_};
   }
 
-  // dS, where it is of the score.
+  // dS, where it is of the score, else, as P, the left sides' pairs.
+  const A* probabilities() const { return probabilities_.get(); }
   const A* gradients() const { return gradients_.get(); }
   int64_t ld() const { return ld_; }
 
@@ -109,7 +125,7 @@ class ScoreGradients {
     }
   }
 
-  // Packed rows.
+  // Packed rows; of queries and d_out, for AMX, their columns gathered.
   const F* keys() const { return k_packed_.get(); }
   const F* queries() const { return q_packed_.get(); }
   const F* d_out() const { return d_out_packed_.get(); }
@@ -122,6 +138,9 @@ class ScoreGradients {
 
   // What products read of the rows that see these keys: of keys, too, whole tiles, and whole steps.
   Range read_of(Range tile) const {
+#if FASTSEQ_AMX
+    if constexpr (kInAmx<F>) return amx_whole_terms(tile);
+#endif
     const int64_t last = (tile.end + kTileRows - 1) / kTileRows * kTileRows;
     return {tile.begin / kTileRows * kTileRows, last < keys_ ? last : whole_steps<F>(keys_)};
   }
@@ -210,6 +229,8 @@ class AttentionBackwardWorker {
  public:
   using A = Compute<T>;
   using V = Vec<A>;
+  using F = Factor<T>;
+  static constexpr int64_t kQueries = kGradientQueries<F>;
 
   explicit AttentionBackwardWorker(const AttentionBackward<T, A>& p) : scores_(p, ScoreGradients<T>::Of::product) {
     columns_ = whole_vectors<T>(p.size), value_columns_ = whole_vectors<T>(p.value_size);
@@ -224,11 +245,11 @@ class AttentionBackwardWorker {
     for (int64_t n = 0; n < group; ++n) attention_delta(p, first + n, delta_.get() + n * p.queries);
     for (int64_t j = j0; j < j1; j += kGradientKeys) {
       const int64_t keys = j1 - j < kGradientKeys ? j1 - j : kGradientKeys;
-      memset(dk_.get(), 0, keys * columns_ * sizeof(A));
-      memset(dv_.get(), 0, keys * value_columns_ * sizeof(A));
+      memset(dk_.get(), 0, (kInAmx<F> ? kGradientKeys : keys) * columns_ * sizeof(A));
+      memset(dv_.get(), 0, (kInAmx<F> ? kGradientKeys : keys) * value_columns_ * sizeof(A));
       scores_.take_keys(p, kv_head, j, keys);
       for (int64_t n = 0; n < group; ++n)
-        for (int64_t i = 0; i < p.queries; i += kGradientQueries)
+        for (int64_t i = 0; i < p.queries; i += kQueries)
           block(first + n, i, j, keys, delta_.get() + n * p.queries + i, dq.at(first + n, i), dq.row);
       store(dk_.get(), columns_, p.dk, kv_head, j, keys, p.size);
       store(dv_.get(), value_columns_, p.dv, kv_head, j, keys, p.value_size);
@@ -237,11 +258,24 @@ class AttentionBackwardWorker {
 
  private:
   void block(int64_t n, int64_t i, int64_t j, int64_t keys, const A* delta, A* dq, int64_t dq_row) {
-    const int64_t rows = p_->queries - i < kGradientQueries ? p_->queries - i : kGradientQueries;
+    const int64_t rows = p_->queries - i < kQueries ? p_->queries - i : kQueries;
     const VisibleKeys visible{p_->band, p_->keys};
     const Range seen = visible.in_block(i, i + rows, j, keys);
     if (seen.begin >= seen.end) return;
     scores_.compute(n, i, rows, delta);
+    const auto of_rows = [&](int64_t m0, int64_t m1) { return scores_.keys_of(m0, m1); };
+#if FASTSEQ_AMX
+    if constexpr (kInAmx<F>) {
+      const Range columns = amx_whole_terms(seen);
+      const int64_t terms = amx_terms(rows), ld = scores_.ld();
+      amx_accumulate_pairs(
+          scores_.d_out(), value_columns_, terms, scores_.probabilities(), ld, columns, dv_.get(), kGradientKeys);
+      amx_accumulate_pairs(
+          scores_.queries(), columns_, terms, scores_.gradients(), ld, columns, dk_.get(), kGradientKeys);
+      return amx_accumulate_product(
+          scores_.gradient_rows().data, ld, rows, keys, scores_.keys(), columns_, dq, dq_row, of_rows);
+    }
+#endif
     const auto queries = [&](int64_t c0, int64_t c1) { return scores_.queries_of(c0, c1); };
     const auto p = scores_.probabilities_transposed(), ds = scores_.gradients_transposed(),
                rows_of_ds = scores_.gradient_rows();
@@ -249,12 +283,22 @@ class AttentionBackwardWorker {
         p.data, p.row, p.step, keys, rows, scores_.d_out(), 0, value_columns_, dv_.get(), value_columns_, queries);
     accumulate_product(
         ds.data, ds.row, ds.step, keys, rows, scores_.queries(), 0, columns_, dk_.get(), columns_, queries);
-    accumulate_product(rows_of_ds.data, rows_of_ds.row, rows_of_ds.step, rows, keys, scores_.keys(), 0, columns_, dq,
-                       dq_row, [&](int64_t m0, int64_t m1) { return scores_.keys_of(m0, m1); });
+    accumulate_product(
+        rows_of_ds.data, rows_of_ds.row, rows_of_ds.step, rows, keys, scores_.keys(), 0, columns_, dq, dq_row, of_rows);
   }
 
   static void store(const A* from, int64_t row, const Heads<T>& to, int64_t head, int64_t first, int64_t rows,
                     int64_t size) {
+    if constexpr (kInAmx<F>) {  // of a key, a column
+      alignas(64) A lines[V::size * V::size];
+      for (int64_t r0 = 0; r0 < rows; r0 += V::size)
+        for (int64_t j = 0; j < size; j += V::size) {
+          transpose(from + j * kGradientKeys + r0, kGradientKeys, lines, V::size);
+          for (int64_t r = r0; r < rows && r < r0 + V::size; ++r)
+            V::load(lines + (r - r0) * V::size).store(to.at(head, first + r) + j, size - j);
+        }
+      return;
+    }
     for (int64_t r = 0; r < rows; ++r) {
       T* const out = to.at(head, first + r);
       for (int64_t j = 0; j < size; j += V::size) V::load(from + r * row + j).store(out + j, size - j);
@@ -329,6 +373,7 @@ void attention_mask_backward(const AttentionMaskBackward<T, Compute<T>>& p) {
   using V = Vec<A>;
   const int64_t blocks = p.mask_columns == 1 ? 1 : (p.keys + kGradientKeys - 1) / kGradientKeys;
   const int64_t keys_each = p.mask_columns == 1 ? p.keys : kGradientKeys;
+  constexpr int64_t kQueries = kGradientQueries<Factor<T>>;
   memset(p.d_mask, 0, p.mask_batch * p.mask_heads * p.mask_rows * p.mask_columns * sizeof(A));
   if (p.batch * p.heads * p.queries == 0) return;
   struct Worker {
@@ -351,8 +396,8 @@ void attention_mask_backward(const AttentionMaskBackward<T, Compute<T>>& p) {
           for (int64_t j = first; j < last; j += kGradientKeys) {
             const int64_t keys = last - j < kGradientKeys ? last - j : kGradientKeys;
             worker.scores.take_keys(mine, n / (p.heads / p.kv_heads), j, keys);
-            for (int64_t i = 0; i < mine.queries; i += kGradientQueries) {
-              const int64_t rows = mine.queries - i < kGradientQueries ? mine.queries - i : kGradientQueries;
+            for (int64_t i = 0; i < mine.queries; i += kQueries) {
+              const int64_t rows = mine.queries - i < kQueries ? mine.queries - i : kQueries;
               worker.scores.compute(n, i, rows, worker.delta.get() + i);
               for (int64_t r = 0; r < rows; ++r) {
                 const Range seen = worker.scores.keys_of(r, r + 1);

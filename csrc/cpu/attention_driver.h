@@ -9,12 +9,6 @@
 // depend on the batch, its place in it or the threads.
 #pragma once
 
-constexpr int64_t kQueryBlock = 48;  // a whole number of tiles
-constexpr int64_t kKeyBlock = 512;
-constexpr int64_t kTermBlock = 256;  // terms of a sum that are added up in registers
-constexpr int kTileRows = 6;
-static_assert(kKeyBlock % kTermBlock == 0 && kQueryBlock % kTileRows == 0, "blocks have whole pieces and tiles");
-
 // A block of scores: rows begin a cache line further than a power of two, or their columns would share one set of it.
 template <class A>
 constexpr int64_t score_stride(int64_t keys) {
@@ -27,8 +21,8 @@ constexpr int64_t whole_vectors(int64_t numbers) {
   return (numbers + V - 1) / V * V;
 }
 
-// What the products take: bfloat16 as it is where the processor multiplies pairs of it, else what is computed in.
-#if defined(__AVX512BF16__)
+// What the products take: bfloat16 as it is where the processor multiplies it, else what is computed in.
+#if FASTSEQ_PAIRS
 template <class T>
 using Factor = T;
 #else
@@ -62,6 +56,9 @@ template <class F, class ColumnsOf>
 void score_product(const F* a, int64_t a_row, int64_t rows, int64_t size, const F* panels, int64_t keys, Compute<F>* c,
                    int64_t ldc, const ColumnsOf& columns_of) {
   using Shape = PanelShape<F, 1>;
+#if FASTSEQ_AMX
+  if constexpr (kInAmx<F>) return amx_score_product(a, rows, size, panels, c, ldc, columns_of);
+#endif
   for (int64_t j = 0; j < keys; j += Shape::width, panels += Shape::panel_numbers(size)) {
     for (int64_t m = 0; m < rows; m += kTileRows) {
       const int64_t here = rows - m < kTileRows ? rows - m : kTileRows;
@@ -75,25 +72,15 @@ void score_product(const F* a, int64_t a_row, int64_t rows, int64_t size, const 
   }
 }
 
-// The columns of a matrix in groups of as many as a tile takes, the last ones in smaller groups: use(vectors, first).
-template <class A, class Use>
-FASTSEQ_INLINE void for_each_column_group(int64_t columns, const Use& use) {
-  constexpr int64_t V = Vec<A>::size;
-  int64_t j = 0;
-  for (; j + kWideVectors * V <= columns; j += kWideVectors * V) use(Part<kWideVectors>{}, j);
-  if (kWideVectors > 2 && j + 2 * V <= columns) use(Part<2>{}, j), j += 2 * V;
-  for (; j < columns; j += V) use(Part<1>{}, j);
-}
-
 // Rows (rows, size) as the right side of a product: [group of columns][row][columns of the group], whole vectors, zero
-// past the size; of pairs [group][two rows][columns][2], zero past the last row.
+// past the size; of pairs [group][two rows][columns][2], zero past the last row up to what a product takes.
 template <class T>
 void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t size, Factor<T>* to) {
   using V = Vec<Compute<T>>;
   constexpr int count = Terms<Factor<T>>::count;
   for_each_column_group<Compute<T>>(whole_vectors<T>(size), [&](auto part, int64_t j) __attribute__((always_inline)) {
     constexpr int NV = decltype(part)::value;
-    Factor<T>* group = to + whole_steps<Factor<T>>(rows) * j;
+    Factor<T>* group = to + padded_terms<Factor<T>>(rows) * j;
     if constexpr (count == 2) {
       for (int64_t i = 0; i < rows; i += 2)
         for (int v = 0; v < NV; ++v) {
@@ -102,6 +89,8 @@ void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t size, Factor
           pairs_at(at, at + (i + 1 < rows ? stride : 0), valid, i + 1 < rows ? valid : 0)
               .store(reinterpret_cast<float*>(group + (i * NV + 2 * v) * V::size));
         }
+      const int64_t there = whole_steps<Factor<T>>(rows), past = padded_terms<Factor<T>>(rows) - there;
+      memset(static_cast<void*>(group + there * NV * V::size), 0, past * NV * V::size * sizeof(Factor<T>));
     } else if (j + NV * V::size <= size) {
       for (int64_t i = 0; i < rows; ++i)
         for (int v = 0; v < NV; ++v) V::load(from + i * stride + j + v * V::size).store(group + (i * NV + v) * V::size);
@@ -128,6 +117,9 @@ template <class F, class TermsOf>
 void accumulate_product(const F* a, int64_t a_row, int64_t a_step, int64_t rows, int64_t terms, const F* b,
                         int64_t b_row, int64_t columns, Compute<F>* c, int64_t ldc, const TermsOf& terms_of) {
   constexpr int count = Terms<F>::count;
+#if FASTSEQ_AMX
+  if constexpr (kInAmx<F>) return amx_accumulate_product(a, a_row, rows, terms, b, columns, c, ldc, terms_of);
+#endif
   terms = whole_steps<F>(terms);
   for (int64_t k0 = 0; k0 < terms; k0 += kTermBlock) {
     const int64_t k1 = k0 + kTermBlock < terms ? k0 + kTermBlock : terms;
@@ -146,16 +138,25 @@ void accumulate_product(const F* a, int64_t a_row, int64_t a_step, int64_t rows,
   }
 }
 
-// Rows as the left side of a product: where they lie, or copied to memory of rows * whole_steps(size) numbers.
+// Rows as the left side of a product with scores' panels: where they lie, or copied to memory of rows *
+// padded_terms(size) numbers; for AMX gathered.
 template <class T>
 struct FactorRows {
   using F = Factor<T>;
   const F* data;
   int64_t row;
 
-  static bool copies(int64_t size) { return sizeof(T) != sizeof(F) || size % Terms<F>::count != 0; }
+  static bool copies(int64_t size) { return kInAmx<F> || sizeof(T) != sizeof(F) || size % Terms<F>::count != 0; }
 
   FactorRows(const T* from, int64_t stride, int64_t rows, int64_t size, F* memory) {
+#if FASTSEQ_AMX
+    if constexpr (kInAmx<F>) {
+      const KPiece all[1] = {{0, size}};
+      amx_gather(from, stride, rows, all, 1, memory);
+      data = memory, row = 0;
+      return;
+    }
+#endif
     if constexpr (sizeof(T) == sizeof(F)) {
       if (!copies(size)) {
         data = from, row = stride;

@@ -27,6 +27,7 @@ class AttentionForwardWorker {
   using V = Vec<A>;
   using F = Factor<T>;
   using Shape = PanelShape<F, 1>;
+  static constexpr int kRows = kScoreRows<F>;
 
   explicit AttentionForwardWorker(const AttentionForward<T, A>& p) {
     columns_ = whole_vectors<T>(p.value_size);
@@ -36,9 +37,9 @@ class AttentionForwardWorker {
     sums_.allocate(kQueryBlock * columns_);
     largest_.allocate(kQueryBlock), total_.allocate(kQueryBlock);
     values_in_place_ = rows_lie_packed(p.v, p.value_size);
-    if (!values_in_place_) values_.allocate(whole_steps<F>(p.keys) * columns_);
+    if (!values_in_place_) values_.allocate(padded_terms<F>(p.keys) * columns_);
     if (p.dropout.threshold) multipliers_.allocate(kKeyBlock);
-    if (FactorRows<T>::copies(p.size)) queries_.allocate(kQueryBlock * whole_steps<F>(p.size));
+    if (FactorRows<T>::copies(p.size)) queries_.allocate(kQueryBlock * padded_terms<F>(p.size));
     if (sizeof(T) != sizeof(F)) scratch_.allocate(Shape::panel_numbers(p.size));
   }
 
@@ -77,8 +78,7 @@ class AttentionForwardWorker {
       const auto seen = [&](int64_t m0, int64_t m1) { return visible_.in_block(i0 + m0, i0 + m1, j0, here); };
       score_product(q.data, q.row, rows, p_->size, panels_.get() + j0 / Shape::width * Shape::panel_numbers(p_->size),
                     here, scores_.get(), ld_scores_, seen);
-      for (int64_t m = 0; m < rows; m += kTileRows)
-        softmax(n, i0, m, rows - m < kTileRows ? rows - m : kTileRows, j0, seen);
+      for (int64_t m = 0; m < rows; m += kRows) softmax(n, i0, m, rows - m < kRows ? rows - m : kRows, j0, seen);
       const F* values = values_.get() + j0 * columns_;
       if constexpr (sizeof(T) == sizeof(F)) {
         if (values_in_place_) values = p_->v.at(n / (p_->heads / p_->kv_heads), j0);
@@ -96,9 +96,9 @@ class AttentionForwardWorker {
   void softmax(int64_t n, int64_t i0, int64_t m, int64_t rows, int64_t j0, const Seen& seen) {
     const Range tile = seen(m, m + rows);
     if (tile.begin >= tile.end) return;
-    const Range vectors = whole_vectors_of<A>(tile);
+    const Range vectors = whole_vectors_of<F>(tile);
     A* const s = scores_.get() + m * ld_scores_;
-    A *const largest = largest_.get() + m, before[kTileRows], totals[kTileRows];
+    A *const largest = largest_.get() + m, before[kRows], totals[kRows];
     for (int64_t r = 0; r < rows; ++r) {
       before[r] = largest[r];
       if (!kScaledKeys<T>) scale_row(static_cast<A>(score_factor(*p_)), vectors, s + r * ld_scores_);

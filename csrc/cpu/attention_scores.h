@@ -1,10 +1,10 @@
 // A row of scores between the product and the softmax, the softmax of a block of them, and dropout.
 #pragma once
 
-// The whole vectors in which columns are.
-template <class A>
+// The whole vectors in which columns are, and, where they are terms of a product of F, all that it takes with them.
+template <class F>
 FASTSEQ_INLINE Range whole_vectors_of(Range columns) {
-  constexpr int64_t V = Vec<A>::size;
+  constexpr int64_t vector = Vec<Compute<F>>::size, V = vector > kTermsTaken<F> ? vector : kTermsTaken<F>;
   return {columns.begin / V * V, (columns.end + V - 1) / V * V};
 }
 

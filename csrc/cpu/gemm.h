@@ -119,7 +119,7 @@ class Gemm {
 #if FASTSEQ_AMX
     if constexpr (kInAmx<T>)
       return amx_gemm_block(a_, rows_of(tiles), k, next, k_next, block, layout_.panel_stride, panels, n_,
-                            reinterpret_cast<T*>(memory), accumulate, c_, ldc_);
+                            memory, accumulate, c_, ldc_);
 #endif
     gemm_block(a_, rows_of(tiles), k, next, k_next, block, layout_.panel_stride, panels, n_, memory, accumulate, c_,
                ldc_);

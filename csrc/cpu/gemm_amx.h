@@ -6,29 +6,10 @@
 inline void amx_pack_a(const Matrix<bfloat16>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_size, bfloat16* to) {
   if (a.column == 1) {
     const KPiece all[1] = {{k0, k_size}};
-    return amx_gather(a.data + i0 * a.row, a.row, rows, all, 1, to);
+    amx_gather(a.data + i0 * a.row, a.row, rows, all, 1, to);
+  } else {
+    amx_gather_columns(a.data + i0 + k0 * a.column, a.column, rows, k_size, amx_block_rows(rows), to);
   }
-  const int64_t terms = amx_terms(k_size), block_rows = amx_block_rows(rows);
-  // Columns: pairs of terms side by side, and those transposed.
-  for (int64_t i = 0; i < rows; i += kAmxRows)
-    for (int64_t s = 0; s < terms; ++s, to += block_rows * kAmxTerms) {
-      const bfloat16* const from = a.data + i0 + i + (k0 + s * kAmxTerms) * a.column;
-      const int64_t here = rows - i, left = k_size - s * kAmxTerms;
-      Vec<float> pairs[kAmxTerms / 2];
-      if (here >= kAmxRows && left >= kAmxTerms) {
-#pragma GCC unroll 16
-        for (int64_t k = 0; k < kAmxTerms; k += 2)
-          pairs[k / 2] = pairs_at(from + k * a.column, from + (k + 1) * a.column, kAmxRows, kAmxRows);
-      } else {
-        for (int64_t k = 0; k < kAmxTerms; k += 2)
-          pairs[k / 2] = pairs_at(from + (k < left ? k : 0) * a.column, from + (k + 1 < left ? k + 1 : 0) * a.column,
-                                  k < left ? here : 0, k + 1 < left ? here : 0);
-      }
-      swap_blocks<1>(pairs, typename CountLanes<kAmxRows>::type{});
-#pragma GCC unroll 16
-      for (int64_t r = 0; r < kAmxRows; ++r)
-        if (r < block_rows) pairs[r].store(reinterpret_cast<float*>(to + r * kAmxTerms));
-    }
 }
 
 // As gemm_block, of at least kAmxRows rows or all that A has.
@@ -52,7 +33,7 @@ inline void amx_gemm_block(const Matrix<bfloat16>& a, Range rows, Depth k, Range
       constexpr int tiles = decltype(part)::value;
       for (int64_t i = 0; i < here; i += 2 * kAmxRows) {
         rows_ahead.ask();
-        const bfloat16* const from = a_memory + i / kAmxRows * block_numbers;
+        const AmxLeft from = AmxLeft::gathered(a_memory + i / kAmxRows * block_numbers, block_rows, terms);
         float* const to = c + (rows.begin + i) * ldc + j * Shape::width;
         const int64_t count = here - i < 2 * kAmxRows ? here - i : 2 * kAmxRows;
         const int64_t computed = amx_blocks(count) * block_rows;

@@ -58,6 +58,8 @@ namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
 #include "rnn_backward.h"
 #include "../random.h"
 #include "../attention_entry.h"
+#include "attention_blocks.h"
+#include "attention_amx.h"
 #include "attention_driver.h"
 #include "attention_scores.h"
 #include "attention_forward.h"

@@ -22,11 +22,12 @@ constexpr int tile_rows(int nv) { return nv == 2 ? 6 : nv == 3 ? 4 : 3; }
 constexpr int kWideVectors = 2;
 #endif
 
-// Terms of a sum as a panel has them, those past the last zero.
+// Of terms of a sum a product takes so many at a time; a panel has whole such, those past the last zero.
+template <class T>
+constexpr int64_t kTermsTaken = kInAmx<T> ? kAmxTerms : Terms<T>::count;
 template <class T>
 constexpr int64_t padded_terms(int64_t k) {
-  constexpr int64_t whole = kInAmx<T> ? kAmxTerms : Terms<T>::count;
-  return (k + whole - 1) / whole * whole;
+  return (k + kTermsTaken<T> - 1) / kTermsTaken<T> * kTermsTaken<T>;
 }
 
 // The shape of one product's panels: `gates` planes of `unit_vectors` vectors side by side.

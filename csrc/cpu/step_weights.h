@@ -128,7 +128,8 @@ class StepWeights {
     Workspace<T> memory;
     T* const gathered = numbers > kAmxNumbers ? memory.allocate(numbers) : few;
     amx_gather(a, lda, rows, pieces, pieces_n, gathered);
-    Amx::configure(rows < kAmxRows ? rows : kAmxRows);
+    const AmxLeft left = AmxLeft::gathered(gathered, amx_block_rows(rows), terms);
+    Amx::configure(amx_block_rows(rows));
     alignas(64) float sums[kRowBlock * Shape::width];
     const Range blocks{mine.begin / UV, (mine.end + UV - 1) / UV};
     const int64_t all = blocks.end - blocks.begin;
@@ -142,9 +143,9 @@ class StepWeights {
       const auto product = [&](auto part) __attribute__((always_inline)) {
         constexpr int vectors = decltype(part)::value;
         if (next) {
-          amx_product<vectors, true>(gathered, rows, terms, panel, Shape::step, sums, Shape::width, false, next);
+          amx_product<vectors, true>(left, rows, terms, panel, Shape::step, sums, Shape::width, false, next);
         } else {
-          amx_product<vectors, false>(gathered, rows, terms, panel, Shape::step, sums, Shape::width, false);
+          amx_product<vectors, false>(left, rows, terms, panel, Shape::step, sums, Shape::width, false);
         }
       };
       if constexpr (Gates == 1) {

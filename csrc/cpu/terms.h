@@ -35,10 +35,16 @@ struct Terms {
   FASTSEQ_INLINE static V add(V a, V w, V c) { return fma(a, w, c); }
 };
 
+#if defined(__AVX512BF16__) || defined(FASTSEQ_AMX_EMULATED)
+#define FASTSEQ_PAIRS 1  // a step of two terms is one instruction
+#else
+#define FASTSEQ_PAIRS 0
+#endif
+
 template <>
 struct Terms<bfloat16> {
   static constexpr int count = 2;
-#if defined(__AVX512BF16__)
+#if FASTSEQ_PAIRS
   static constexpr int parts = 1;
   using Left = bfloat16;
 #else
@@ -73,6 +79,8 @@ struct Terms<bfloat16> {
   FASTSEQ_INLINE static V add(V a, V w, V c) {
 #if defined(__AVX512BF16__)
     return (V::Native)_mm512_dpbf16_ps((__m512)c.v, (__m512bh)a.v, (__m512bh)w.v);
+#elif FASTSEQ_PAIRS
+    return fma(half_of<1>(a), half_of<1>(w), fma(half_of<0>(a), half_of<0>(w), c));
 #else
     return fma(a, w, c);
 #endif
@@ -81,12 +89,12 @@ struct Terms<bfloat16> {
  private:
   template <int part>
   FASTSEQ_INLINE static V half(V pairs) {
-#if defined(__AVX512BF16__)
-    return pairs;
-#else
+    return FASTSEQ_PAIRS ? pairs : half_of<part>(pairs);
+  }
+  template <int part>
+  FASTSEQ_INLINE static V half_of(V pairs) {
     using Bits = V::Bits;
     return (V::Native)(part == 0 ? (Bits)pairs.v & static_cast<V::Bit>(0xffff0000) : (Bits)pairs.v << 16);
-#endif
   }
 };
 
@@ -109,6 +117,14 @@ FASTSEQ_INLINE Vec<float> pairs_of(Vec<float> first, Vec<float> second) {
     return Vec<float>::widened((VecTraits<float>::halves)_mm512_cvtneps_pbh((__m512)v.v));
   };
   return (Vec<float>::Native)(lanes(first) | lanes(second) << 16);
+}
+#elif FASTSEQ_PAIRS
+FASTSEQ_INLINE void store_rounded(Vec<float> v, bfloat16* to) { v.store(to); }
+FASTSEQ_INLINE Vec<float> pairs_of(Vec<float> first, Vec<float> second) {
+  bfloat16 halves[2][Vec<float>::size];
+  first.store(halves[0]);
+  second.store(halves[1]);
+  return pairs_at(halves[0], halves[1], Vec<float>::size, Vec<float>::size);
 }
 #endif
 
