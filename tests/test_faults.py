@@ -16,6 +16,7 @@ from fastseq import _C
 ROOT = Path(__file__).resolve().parent.parent
 CELLS, DRIVER, PANEL = "csrc/cells.h", "csrc/cpu/rnn_driver.h", "csrc/cpu/panel.h"
 GEMM, DIRECT = "csrc/cpu/gemm.h", "csrc/cpu/direct.h"
+AMX, AMX_PRODUCT = "csrc/cpu/amx.h", "csrc/cpu/amx_product.h"
 PARALLEL, VECTORS = "csrc/cpu/parallel.h", "csrc/cpu/vec.h"
 FORWARD, BACKWARD = "csrc/cpu/rnn_forward.h", "csrc/cpu/rnn_backward.h"
 ATTENTION_FORWARD, ATTENTION_BACKWARD = "csrc/cpu/attention_forward.h", "csrc/cpu/attention_backward.h"
@@ -53,6 +54,16 @@ FAULTS = {
     ),
     "backward: dW_hh takes h of the same step": (BACKWARD, "walk_.reverse ? begin + B : begin - B", "begin"),
     "backward: every chunk overwrites the one before": (BACKWARD, "!first, out, I);", "false, out, I);"),
+    "amx: the last of an odd number of blocks is left out": (AMX_PRODUCT, "if (r < rows) amx", "if (r == 0) amx"),
+    "amx: sums begin anew": (AMX_PRODUCT, "    if (accumulate) {\n      Amx::load", "    if (false) {\n      Amx::load"),
+    "amx: terms past the last are anything": (AMX_PRODUCT, "if (done % kAmxTerms)\n", "if (false)\n"),
+    "amx: a column's terms past the last are anything": (AMX_PRODUCT, "k + 1 < left ? here : 0);", "here);"),
+    "amx: tiles keep the rows that others had": (AMX, "if (state().rows == rows) return;", "if (state().rows) return;"),
+    "amx: P and dS past the last query are anything": (
+        ATTENTION_BACKWARD,
+        "r < padded_terms<F>(rows); r += 2",
+        "r < rows; r += 2",
+    ),
     "gemm: a later block of K overwrites the first": (GEMM, "accumulate_ || k.begin > 0;", "accumulate_;"),
     "gemm: shorter blocks move their panels together": (
         GEMM,
@@ -161,12 +172,12 @@ VARIANTS = {
 }
 
 
-def build_and_run(tree):
+def build_and_run(tree, isas=_C.isa()):
     """The exit code of the kernel tests of this tree, and what they printed."""
     tools = Path(sys.executable).parent
     configure = ["cmake", "-S", tree, "-B", tree / "build", "-G", "Ninja", "-DFASTSEQ_TORCH=OFF"]
     configure += [
-        f"-DFASTSEQ_ISAS={_C.isa()}",
+        f"-DFASTSEQ_ISAS={isas}",
         "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
         f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
     ]
@@ -201,7 +212,7 @@ def test_a_planted_fault_is_seen(name, tree):
     text = (tree / file).read_text()
     (tree / file).write_text(text.replace(old, new))
     try:
-        code, output = build_and_run(tree)
+        code, output = build_and_run(tree, "amx_emulated;baseline" if name.startswith("amx") else _C.isa())
     finally:
         (tree / file).write_text(text)
     assert code == 1 and " 0 failed" not in output.splitlines()[-1], output[-3000:]

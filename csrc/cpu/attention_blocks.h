@@ -1,14 +1,15 @@
 // The sizes of attention's blocks and of what a product takes of them.
 #pragma once
 
-constexpr int64_t kQueryBlock = 48;  // a whole number of tiles
+template <class F>
+constexpr int64_t kQueryBlock = kInAmx<F> ? 96 : 48;  // a whole number of tiles
 constexpr int64_t kKeyBlock = 512;
 constexpr int64_t kTermBlock = 256;  // terms of a sum that are added up in registers
 constexpr int kTileRows = 6;
-static_assert(kKeyBlock % kTermBlock == 0 && kQueryBlock % kTileRows == 0, "blocks have whole pieces and tiles");
+static_assert(kKeyBlock % kTermBlock == 0 && 48 % kTileRows == 0, "blocks have whole pieces and tiles");
 template <class F>
 constexpr int kScoreRows = kInAmx<F> ? int(kAmxRows) : kTileRows;  // rows of a tile
-static_assert(kQueryBlock % kAmxRows == 0 && kTermBlock % kAmxTerms == 0, "of AMX's, too");
+static_assert(96 % kAmxRows == 0 && kTermBlock % kAmxTerms == 0, "of AMX's, too");
 
 // The columns of a matrix in groups of as many as a tile takes, the last ones in smaller groups: use(vectors, first).
 template <class A, class Use>

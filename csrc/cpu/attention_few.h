@@ -88,7 +88,7 @@ class FewQueriesWorker {
     const Range vectors = whole_vectors_of<A>(mine);
     scale_row(static_cast<A>(score_factor(*p_)), vectors, s);
     finish_scores(*p_, n, i, j0, mine, vectors, s);
-    exponentiate<1>(vectors, s, 0, &state.largest(), &state.total());
+    exponentiate<1, A>(vectors, A(1), s, 0, &state.largest(), &state.total());
     if (p_->dropout.threshold) {
       dropout_multipliers(*p_, n, i, j0, mine, multipliers_.get());
       multiply_row(multipliers_.get(), vectors, s);

@@ -28,18 +28,19 @@ class AttentionForwardWorker {
   using F = Factor<T>;
   using Shape = PanelShape<F, 1>;
   static constexpr int kRows = kScoreRows<F>;
+  static constexpr int64_t kQueries = kQueryBlock<F>;
 
   explicit AttentionForwardWorker(const AttentionForward<T, A>& p) {
     columns_ = whole_vectors<T>(p.value_size);
     ld_scores_ = score_stride<A>(kKeyBlock);
     panels_.allocate(Shape::blocks(p.keys) * Shape::panel_numbers(p.size));
-    scores_.allocate(kQueryBlock * ld_scores_);
-    sums_.allocate(kQueryBlock * columns_);
-    largest_.allocate(kQueryBlock), total_.allocate(kQueryBlock);
+    scores_.allocate(kQueries * ld_scores_);
+    sums_.allocate(kQueries * columns_);
+    largest_.allocate(kQueries), total_.allocate(kQueries);
     values_in_place_ = rows_lie_packed(p.v, p.value_size);
     if (!values_in_place_) values_.allocate(padded_terms<F>(p.keys) * columns_);
     if (p.dropout.threshold) multipliers_.allocate(kKeyBlock);
-    if (FactorRows<T>::copies(p.size)) queries_.allocate(kQueryBlock * padded_terms<F>(p.size));
+    if (FactorRows<T>::copies(p.size)) queries_.allocate(kQueries * padded_terms<F>(p.size));
     if (sizeof(T) != sizeof(F)) scratch_.allocate(Shape::panel_numbers(p.size));
   }
 
@@ -50,7 +51,7 @@ class AttentionForwardWorker {
     const Range keys = visible_.of_rows(i0, i1);
     if (keys.begin < keys.end) prepare_keys(kv_head, keys);
     for (int64_t n = kv_head * group; n < (kv_head + 1) * group; ++n)
-      for (int64_t i = i0; i < i1; i += kQueryBlock) block(n, i, i + kQueryBlock < i1 ? i + kQueryBlock : i1);
+      for (int64_t i = i0; i < i1; i += kQueries) block(n, i, i + kQueries < i1 ? i + kQueries : i1);
   }
 
  private:
@@ -99,16 +100,25 @@ class AttentionForwardWorker {
     const Range vectors = whole_vectors_of<F>(tile);
     A* const s = scores_.get() + m * ld_scores_;
     A *const largest = largest_.get() + m, before[kRows], totals[kRows];
+    A factor = kScaledKeys<T> ? A(1) : static_cast<A>(score_factor(*p_));
+    const bool scales_first = factor <= 0 || p_->softcap != 0 || p_->slopes || p_->mask.bias;
     for (int64_t r = 0; r < rows; ++r) {
       before[r] = largest[r];
-      if (!kScaledKeys<T>) scale_row(static_cast<A>(score_factor(*p_)), vectors, s + r * ld_scores_);
+      if (!kScaledKeys<T> && scales_first) scale_row(factor, vectors, s + r * ld_scores_);
       finish_scores(*p_, n, i0 + m + r, j0, seen(m + r, m + r + 1), vectors, s + r * ld_scores_);
     }
-    int64_t r = 0;
-    for (; r + kSoftmaxRows <= rows; r += kSoftmaxRows)
-      exponentiate<kSoftmaxRows>(vectors, s + r * ld_scores_, ld_scores_, largest + r, totals + r);
-    for (; r < rows; ++r) exponentiate<1>(vectors, s + r * ld_scores_, ld_scores_, largest + r, totals + r);
-    for (r = 0; r < rows; ++r) {
+    if (scales_first) factor = 1;
+    const auto exponentials = [&](auto out) __attribute__((always_inline)) {
+      using Out = decltype(out);
+      int64_t r = 0;
+      for (; r + kSoftmaxRows <= rows; r += kSoftmaxRows)
+        exponentiate<kSoftmaxRows, Out>(vectors, factor, s + r * ld_scores_, ld_scores_, largest + r, totals + r);
+      for (; r < rows; ++r)
+        exponentiate<1, Out>(vectors, factor, s + r * ld_scores_, ld_scores_, largest + r, totals + r);
+    };
+    const bool drops = p_->dropout.threshold != 0;
+    drops ? exponentials(A()) : exponentials(F());
+    for (int64_t r = 0; r < rows; ++r) {
       A& total = total_.get()[m + r];
       if (before[r] != largest[r] && before[r] != -static_cast<A>(__builtin_inf())) {
         const A factor = exp2_of_score(V(before[r] - largest[r])).v[0];
@@ -117,11 +127,11 @@ class AttentionForwardWorker {
         for (int64_t j = 0; j < columns_; j += V::size) (V::load(sums + j) * V(factor)).store(sums + j);
       }
       total += totals[r];
-      if (p_->dropout.threshold) {
+      if (drops) {
         dropout_multipliers(*p_, n, i0 + m + r, j0, vectors, multipliers_.get());
         multiply_row(multipliers_.get(), vectors, s + r * ld_scores_);
+        row_to_factors<F>(s + r * ld_scores_, vectors);
       }
-      row_to_factors<F>(s + r * ld_scores_, vectors);
     }
   }
 
@@ -137,17 +147,18 @@ class AttentionForwardWorker {
 // end.
 template <class T, class Wanted>
 void attention_of_many_queries(const AttentionForward<T, Compute<T>>& p, int threads, const Wanted& wanted) {
-  const int64_t groups = p.batch * p.kv_heads, most = (p.queries + kQueryBlock - 1) / kQueryBlock;
+  constexpr int64_t kQueries = kQueryBlock<Factor<T>>;
+  const int64_t groups = p.batch * p.kv_heads, most = (p.queries + kQueries - 1) / kQueries;
   const int64_t enough = (4 * threads + groups - 1) / groups;
   const int64_t parts = threads == 1 ? 1 : enough < most ? enough : most;
   parallel_tasks(threads, groups * parts, [&] {
     return [worker = AttentionForwardWorker<T>(p), &p, &wanted, parts](int64_t task) mutable {
       const int64_t group = task / parts;
       const auto mine = entry(p, group / p.kv_heads);
-      const Range blocks = part((mine.queries + kQueryBlock - 1) / kQueryBlock, task % parts, parts);
-      const int64_t end = blocks.end * kQueryBlock;
+      const Range blocks = part((mine.queries + kQueries - 1) / kQueries, task % parts, parts);
+      const int64_t end = blocks.end * kQueries;
       if (wanted(mine.queries) && blocks.begin < blocks.end)
-        worker.run(mine, group % p.kv_heads, blocks.begin * kQueryBlock, end < mine.queries ? end : mine.queries);
+        worker.run(mine, group % p.kv_heads, blocks.begin * kQueries, end < mine.queries ? end : mine.queries);
     };
   });
 }

@@ -116,11 +116,13 @@ constexpr int kSoftmaxRows = 3;
 constexpr int kSoftmaxRows = 2;
 #endif
 
-// Scores of R rows, `ld` apart, become exponentials, in units of 2^largest. largest: of earlier keys, and then of
-// these, too. totals: the sums of the rows.
-template <int R, class A>
-FASTSEQ_INLINE void exponentiate(Range vectors, A* s, int64_t ld, A* largest, A* totals) {
+// Scores of R rows, `ld` apart, times a positive factor, become exponentials, in units of 2^largest. largest: of earlier
+// keys, and then of these, too. totals: the sums of the rows. Out: stored as they are, or rounded, as left sides, from a
+// row's start on.
+template <int R, class Out, class A>
+FASTSEQ_INLINE void exponentiate(Range vectors, A factor, A* s, int64_t ld, A* largest, A* totals) {
   using V = Vec<A>;
+  constexpr bool rounds = sizeof(Out) < sizeof(A);
   const A hidden = -static_cast<A>(__builtin_inf());
   V most[R], shift[R], sums[R];
 #pragma GCC unroll 4
@@ -130,16 +132,21 @@ FASTSEQ_INLINE void exponentiate(Range vectors, A* s, int64_t ld, A* largest, A*
     for (int r = 0; r < R; ++r) most[r] = at_least(most[r], V::load(s + r * ld + j));
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    const A here = largest_lane(most[r]);
+    const A here = largest_lane(most[r]) * factor;
     largest[r] = here > largest[r] ? here : largest[r];
-    shift[r] = V(largest[r] == hidden ? A(0) : largest[r]), sums[r] = V(0);
+    shift[r] = V(largest[r] == hidden ? A(0) : -largest[r]), sums[r] = V(0);
   }
+  const V times(factor);
   for (int64_t j = vectors.begin; j < vectors.end; j += V::size)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const V e = exp2_of_score(V::load(s + r * ld + j) - shift[r]);
+      const V e = exp2_of_score(fma(V::load(s + r * ld + j), times, shift[r]));
       sums[r] = sums[r] + e;
-      e.store(s + r * ld + j);
+      if constexpr (rounds) {
+        store_rounded(e, reinterpret_cast<Out*>(s + r * ld) + j);
+      } else {
+        e.store(s + r * ld + j);
+      }
     }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) totals[r] = sum_of_lanes(sums[r]);
