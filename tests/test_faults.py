@@ -57,8 +57,7 @@ FAULTS = {
     "amx: the last of an odd number of blocks is left out": (AMX_PRODUCT, "if (r < rows) amx", "if (r == 0) amx"),
     "amx: sums begin anew": (AMX_PRODUCT, "    if (accumulate) {\n      Amx::load", "    if (false) {\n      Amx::load"),
     "amx: terms past the last are anything": (AMX_PRODUCT, "if (done % kAmxTerms)\n", "if (false)\n"),
-    "amx: a column's terms past the last are anything": (AMX_PRODUCT, "k + 1 < left ? here : 0);", "here);"),
-    "amx: tiles keep the rows that others had": (AMX, "if (state().rows == rows) return;", "if (state().rows) return;"),
+    "amx: tiles have a row too few": (AMX, "state().rows = rows;", "state().rows = rows > 1 ? rows - 1 : 1;"),
     "amx: P and dS past the last query are anything": (
         ATTENTION_BACKWARD,
         "r < padded_terms<F>(rows); r += 2",
