@@ -55,7 +55,7 @@ FAULTS = {
     "backward: dW_hh takes h of the same step": (BACKWARD, "walk_.reverse ? begin + B : begin - B", "begin"),
     "backward: every chunk overwrites the one before": (BACKWARD, "!first, out, I);", "false, out, I);"),
     "amx: the last of an odd number of blocks is left out": (AMX_PRODUCT, "if (r < rows) amx", "if (r == 0) amx"),
-    "amx: sums begin anew": (AMX_PRODUCT, "    if (accumulate) {\n      Amx::load", "    if (false) {\n      Amx::load"),
+    "amx: sums begin anew": (AMX_PRODUCT, "if (accumulate) {\n      Amx::load", "if (false) {\n      Amx::load"),
     "amx: terms past the last are anything": (AMX_PRODUCT, "if (done % kAmxTerms)\n", "if (false)\n"),
     "amx: tiles have a row too few": (AMX, "state().rows = rows;", "state().rows = rows > 1 ? rows - 1 : 1;"),
     "amx: P and dS past the last query are anything": (
@@ -171,7 +171,7 @@ VARIANTS = {
 }
 
 
-def build_and_run(tree, isas=_C.isa()):
+def build_and_run(tree, isas):
     """The exit code of the kernel tests of this tree, and what they printed."""
     tools = Path(sys.executable).parent
     configure = ["cmake", "-S", tree, "-B", tree / "build", "-G", "Ninja", "-DFASTSEQ_TORCH=OFF"]
@@ -199,7 +199,7 @@ def tree(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.faults
 def test_without_a_fault_all_is_well(tree):
-    code, output = build_and_run(tree)
+    code, output = build_and_run(tree, _C.isa())
     assert code == 0, output[-3000:]
 
 
@@ -225,7 +225,7 @@ def test_a_variant_changes_nothing(name, tree):
     for file, old, new in VARIANTS[name]:
         (tree / file).write_text((tree / file).read_text().replace(old, new))
     try:
-        code, output = build_and_run(tree)
+        code, output = build_and_run(tree, _C.isa())
     finally:
         for file, text in before.items():
             (tree / file).write_text(text)

@@ -92,8 +92,7 @@ class Amx {
       for (int64_t j = 0; j < kAmxColumns; ++j) {
         float even_odd[2] = {0, 0};
         for (int64_t k = 0; k < kAmxTerms; ++k)
-          even_odd[k % 2] = __builtin_fmaf(
-              half_of<left>(i, k), half_of<right>(k / 2, 2 * j + k % 2), even_odd[k % 2]);
+          even_odd[k % 2] = __builtin_fmaf(half_of<left>(i, k), half_of<right>(k / 2, 2 * j + k % 2), even_odd[k % 2]);
         float sum;
         memcpy(&sum, state().tiles[sums][i] + 4 * j, sizeof sum);
         sum += even_odd[0] + even_odd[1];

@@ -1,8 +1,8 @@
 // Products of rows with packed panels, in AMX's tiles. Each sum takes a tile's terms at a time from the first one on,
 // whatever rows are computed together, so a row's result does not depend on its company here either.
 //
-// The rows come gathered: [block of kAmxRows rows][terms, kAmxTerms at a time][row][kAmxTerms], zero past the last term;
-// fewer than kAmxRows rows are a block of so many.
+// The rows come gathered: [block of kAmxRows rows][terms, kAmxTerms at a time][row][kAmxTerms], zero past the last
+// term; fewer than kAmxRows rows are a block of so many.
 #pragma once
 
 #if FASTSEQ_AMX
@@ -21,8 +21,7 @@ inline int64_t amx_columns(const KPiece* pieces, int pieces_n) {
 }
 
 // The columns of a that some pieces name, one after another. Of rows past the last there is nothing written.
-inline void amx_gather(const bfloat16* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
-                       bfloat16* to) {
+inline void amx_gather(const bfloat16* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, bfloat16* to) {
   const int64_t block_rows = amx_block_rows(rows), tile = block_rows * kAmxTerms;
   const int64_t block_numbers = amx_terms(amx_columns(pieces, pieces_n)) * tile;
   for (int64_t r = 0; r < rows; ++r) {
@@ -116,8 +115,7 @@ FASTSEQ_INLINE void amx_tile(const AmxLeft& a, int64_t terms, const bfloat16* pa
     if constexpr (fetches)
       for (int64_t k = 0; k < kAmxTerms / 2; ++k)
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v)
-          __builtin_prefetch(ahead + (s * (kAmxTerms / 2) + k) * step + v * kAmxTerms, 0, 2);
+        for (int v = 0; v < NV; ++v) __builtin_prefetch(ahead + (s * (kAmxTerms / 2) + k) * step + v * kAmxTerms, 0, 2);
     Amx::load<L>(a.data + s * a.terms, row_bytes);
     Amx::load<R>(b, step_bytes);
     Amx::multiply_add<0, L, R>();
@@ -139,9 +137,8 @@ FASTSEQ_INLINE void amx_tile(const AmxLeft& a, int64_t terms, const bfloat16* pa
       Amx::multiply_add<3, L, R + 1>();
     }
   }
-  each_sum([&](auto part, float* at) __attribute__((always_inline)) {
-    Amx::store<decltype(part)::value>(at, ldc_bytes);
-  });
+  each_sum([&](auto part, float* at)
+               __attribute__((always_inline)) { Amx::store<decltype(part)::value>(at, ldc_bytes); });
 }
 
 // The same for as many vectors as a panel may have.

@@ -88,7 +88,8 @@ class ScoreGradients {
     if (joins_rows_ && kInAmx<F>) {  // terms past the last query
       const Range read = read_of(keys_of_tile(0));
       for (int64_t r = whole_steps<F>(rows); r < padded_terms<F>(rows); r += 2)
-        for (int64_t j = read.begin; j < read.end; ++j) probabilities_.get()[r * ld_ + j] = gradients_.get()[r * ld_ + j] = 0;
+        for (int64_t j = read.begin; j < read.end; ++j)
+          probabilities_.get()[r * ld_ + j] = gradients_.get()[r * ld_ + j] = 0;
     }
   }
 

@@ -116,9 +116,9 @@ constexpr int kSoftmaxRows = 3;
 constexpr int kSoftmaxRows = 2;
 #endif
 
-// Scores of R rows, `ld` apart, times a positive factor, become exponentials, in units of 2^largest. largest: of earlier
-// keys, and then of these, too. totals: the sums of the rows. Out: stored as they are, or rounded, as left sides, from a
-// row's start on.
+// Scores of R rows, `ld` apart, times a positive factor, become exponentials, in units of 2^largest. largest: of
+// earlier keys, and then of these, too. totals: the sums of the rows. Out: stored as they are, or rounded, as left
+// sides, from a row's start on.
 template <int R, class Out, class A>
 FASTSEQ_INLINE void exponentiate(Range vectors, A factor, A* s, int64_t ld, A* largest, A* totals) {
   using V = Vec<A>;

@@ -118,11 +118,11 @@ class Gemm {
     const bool accumulate = accumulate_ || k.begin > 0;
 #if FASTSEQ_AMX
     if constexpr (kInAmx<T>)
-      return amx_gemm_block(a_, rows_of(tiles), k, next, k_next, block, layout_.panel_stride, panels, n_,
-                            memory, accumulate, c_, ldc_);
+      return amx_gemm_block(
+          a_, rows_of(tiles), k, next, k_next, block, layout_.panel_stride, panels, n_, memory, accumulate, c_, ldc_);
 #endif
-    gemm_block(a_, rows_of(tiles), k, next, k_next, block, layout_.panel_stride, panels, n_, memory, accumulate, c_,
-               ldc_);
+    gemm_block(
+        a_, rows_of(tiles), k, next, k_next, block, layout_.panel_stride, panels, n_, memory, accumulate, c_, ldc_);
   }
 
   // Each member has panels of his own.

@@ -17,7 +17,7 @@ constexpr int kWideVectors = 4;
 #elif FASTSEQ_VECTOR_BYTES == 64 || defined(__aarch64__)  // 32 registers
 constexpr int tile_rows(int nv) { return nv == 3 ? 8 : 6; }
 constexpr int kWideVectors = 4;  // vectors of units in a panel that has no gates to fill it
-#else                            // 16 registers
+#else                                                     // 16 registers
 constexpr int tile_rows(int nv) { return nv == 2 ? 6 : nv == 3 ? 4 : 3; }
 constexpr int kWideVectors = 2;
 #endif

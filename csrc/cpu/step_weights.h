@@ -64,7 +64,8 @@ class StepWeights {
     if (mine.end <= mine.begin) return;
     const Range blocks{mine.begin / UV, (mine.end + UV - 1) / UV};
     if constexpr (kInAmx<T>)
-      if (blocks.begin >= first_packed_) return for_each_amx_block(a, lda, rows, pieces, pieces_n, mine, backwards, use);
+      if (blocks.begin >= first_packed_)
+        return for_each_amx_block(a, lda, rows, pieces, pieces_n, mine, backwards, use);
     alignas(64) Compute<T> sums[kRowBlock * Shape::width];
     const int64_t all = blocks.end - blocks.begin;
     // Of one row, groups of full panels that lie alike, and then the others.
