@@ -2,7 +2,7 @@
 // the sum of a tile's even terms and that of its odd ones, added up, are added to what is there, in float, denormals
 // taken for zeros.
 //
-// A thread says how many rows its left sides have (configure), and `parallel` leaves the tiles as nobody's (release).
+// A thread says how many rows its left sides have (configure), and `parallel` leaves the tiles as nobody's (AmxScope).
 #pragma once
 
 #if defined(__AMX_BF16__) || defined(FASTSEQ_AMX_EMULATED)
@@ -128,8 +128,12 @@ class Amx {
 };
 #endif
 
-inline void release_amx() {
+// In which a thread may configure the tiles.
+struct AmxScope {
+  AmxScope() {}
+  ~AmxScope() {
 #if FASTSEQ_AMX
-  Amx::release();
+    Amx::release();
 #endif
-}
+  }
+};

@@ -53,8 +53,8 @@ int64_t Crowd::until_ = 0;
 template <class F>
 void parallel(int threads, const F& f) {
   if (threads <= 1 || omp_in_parallel() || in_forked_child() || Crowd::alone()) {
+    const AmxScope scope;
     f(0, 1);
-    release_amx();
     return;
   }
   struct Region {
@@ -66,8 +66,10 @@ void parallel(int threads, const F& f) {
       const int member = omp_get_thread_num();
       const unsigned own = floating_point_mode();
       set_floating_point_mode(region.mode);
-      (*region.f)(member, omp_get_num_threads());
-      release_amx();
+      {
+        const AmxScope scope;
+        (*region.f)(member, omp_get_num_threads());
+      }
       set_floating_point_mode(own);
       if (member == 0) region.done = Crowd::now();
     }
