@@ -5,11 +5,10 @@ Opt-in, as each one compiles the kernels again: `make test-faults`.
 """
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from kernel_program import AMX_EMULATED, build_and_run
 
 from fastseq import _C
 
@@ -171,22 +170,6 @@ VARIANTS = {
 }
 
 
-def build_and_run(tree, isas):
-    """The exit code of the kernel tests of this tree, and what they printed."""
-    tools = Path(sys.executable).parent
-    configure = ["cmake", "-S", tree, "-B", tree / "build", "-G", "Ninja", "-DFASTSEQ_TORCH=OFF"]
-    configure += [
-        f"-DFASTSEQ_ISAS={isas}",
-        "-DCMAKE_CXX_FLAGS_RELEASE=-O1",
-        f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}",
-    ]
-    for command in (configure, ["cmake", "--build", tree / "build"]):
-        done = subprocess.run([tools / command[0], *command[1:]], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    done = subprocess.run([tree / "build" / "fastseq_kernel_tests"], capture_output=True, text=True, timeout=900)
-    return done.returncode, done.stdout
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     tree = tmp_path_factory.mktemp("planted")
@@ -199,7 +182,7 @@ def tree(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.faults
 def test_without_a_fault_all_is_well(tree):
-    code, output = build_and_run(tree, _C.isa())
+    code, output = build_and_run(tree, tree / "build", _C.isa())
     assert code == 0, output[-3000:]
 
 
@@ -211,7 +194,7 @@ def test_a_planted_fault_is_seen(name, tree):
     text = (tree / file).read_text()
     (tree / file).write_text(text.replace(old, new))
     try:
-        code, output = build_and_run(tree, "amx_emulated;baseline" if name.startswith("amx") else _C.isa())
+        code, output = build_and_run(tree, tree / "build", AMX_EMULATED if name.startswith("amx") else _C.isa())
     finally:
         (tree / file).write_text(text)
     assert code == 1 and " 0 failed" not in output.splitlines()[-1], output[-3000:]
@@ -225,7 +208,7 @@ def test_a_variant_changes_nothing(name, tree):
     for file, old, new in VARIANTS[name]:
         (tree / file).write_text((tree / file).read_text().replace(old, new))
     try:
-        code, output = build_and_run(tree, _C.isa())
+        code, output = build_and_run(tree, tree / "build", _C.isa())
     finally:
         for file, text in before.items():
             (tree / file).write_text(text)
