@@ -106,7 +106,7 @@ class ForwardDirection {
   // gx of steps [s0, s1), without the bias.
   void project_input(int64_t s0, int64_t s1) {
     const Range rows = walk_.packed_rows(s0, s1);
-    gx_rows_ = gx_.get() - rows.begin * gx_ld_;
+    gx_rows_ = gx_.get() ? gx_.get() - rows.begin * gx_ld_ : nullptr;
     if constexpr (kSameType) {
       if (in_output()) gx_rows_ = p_->output + d_ * hout_;
       if (in_kept()) gx_rows_ = kept_;
