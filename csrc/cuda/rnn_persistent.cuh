@@ -159,7 +159,7 @@ __device__ __forceinline__ void multiply_strip(
   // As many loads under way as registers hold: fewer beside weights.
   constexpr int kWords = 2 * kRowTiles + kColumnTiles, kMost = kSplit ? 4 : kThreads > 256 ? 5 : 6;
   constexpr int kMany = (kWords <= 3 ? 8 : kWords <= kMost ? 4 : 2) * 256 / kThreads;
-  constexpr int kUnroll = kHeld > 0 && kThreads > 256 ? 1 : kMany;
+  [[maybe_unused]] constexpr int kUnroll = kHeld > 0 && kThreads > 256 ? 1 : kMany;
   constexpr int kAhead = kHeld == 0 ? 1 : kHeld < kUnroll ? kHeld : kUnroll;
 #pragma unroll
   for (int first_held = 0; first_held < kHeld; first_held += kAhead) {

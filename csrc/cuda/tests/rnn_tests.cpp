@@ -60,8 +60,8 @@ void backward(const RnnBackward<T>& p) {
 }
 
 template <class T>
-cpu::TypedKernels<T> typed_kernels() {
-  cpu::TypedKernels<T> out{};
+const cpu::TypedKernels<T>& typed_kernels() {
+  static cpu::TypedKernels<T> out{};
 #define X(name, type)                                                             \
   out.rnn_forward[static_cast<int>(CellKind::name)] = forward<CellKind::name, T>; \
   out.rnn_backward[static_cast<int>(CellKind::name)] = backward<CellKind::name, T>;
@@ -74,8 +74,8 @@ Kernels all_kernels() {
   Kernels out{};
   out.isa = "cuda";
   for (int i = 0; i < cpu::kCells; ++i) out.cells[i] = cuda::cell_facts(static_cast<CellKind>(i));
-  out.f32 = typed_kernels<float>(), out.f64 = typed_kernels<double>();
-  out.bf16 = typed_kernels<bfloat16>(), out.f16 = typed_kernels<float16>();
+  out.f32 = &typed_kernels<float>(), out.f64 = &typed_kernels<double>();
+  out.bf16 = &typed_kernels<bfloat16>(), out.f16 = typed_kernels<float16>();
   return out;
 }
 
