@@ -1,5 +1,6 @@
-// The mathematics of every cell, written once. V is a vector of units on the CPU and one unit on a CUDA thread;
-// sigmoid, tanh, fma, select_* come with V. Included inside the namespace of an instruction set (csrc/cpu/README.md).
+// The mathematics of every cell, written once. V is some vectors of units on the CPU and one unit on a CUDA
+// thread; sigmoid, tanh, fma, select_* come with V. Included inside the namespace of an instruction set
+// (csrc/cpu/README.md).
 //
 //   update           gx = W_ih x + b_ih and gh = W_hh h + b_hh, one V a gate, in PyTorch's gate order -> the new h.
 //                    c is read and overwritten by the cells that have one. What backward needs goes to keep[].

@@ -49,6 +49,8 @@ struct Kernels {
   const TypedKernels<bfloat16>* bf16;
   const Probes<float>* probes_f32;
   const Probes<double>* probes_f64;
+  // As Probes::gemm.
+  void (*gemm_bf16)(int threads, int64_t m, int64_t n, int64_t k, const bfloat16* a, const bfloat16* b, float* c);
   // For the benchmark: bytes/s read by so many threads, each so often over so many bytes of its own.
   double (*read_rate)(int64_t bytes, int64_t repeats, int threads);
 

@@ -33,21 +33,21 @@ void gemm_few_rows(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>
                                for (int u = 0; u < vectors; ++u) {
                                  const int64_t j = (first + u) * V::size, valid = n - j;
                                  T* to = c + i * ldc + j;
-                                 const V sum = V::load(sums + i * ld_sums + u * V::size);
+                                 const V sum = V::load(sums + i * ld_sums + PanelShape<T, 1>::place_of_vector(u));
                                  (accumulate ? V::load(to, valid) + sum : sum).store(to, valid);
                                }
                            });
   });
 }
 
-// All of B, as gemm() takes it packed: GemmPanels<T>(n, k).numbers().
-template <class T>
+// All of B, as gemm_by_gates() takes it packed: GemmPanels<T, Gates>(n, k).numbers().
+template <int Gates, class T>
 void gemm_pack(int threads, int64_t n, int64_t k, const Matrix<T>& b, T* to) {
-  const GemmPanels<T> layout(n, k);
+  const GemmPanels<T, Gates> layout(n, k);
   parallel_for(threads, layout.blocks * layout.panels, [&](int64_t i) {
     const int64_t block = i / layout.panels, j = i % layout.panels, k0 = block * layout.depth;
-    pack_b(b, k0, k - k0 < layout.depth ? k - k0 : layout.depth, n, j,
-           to + block * layout.block_numbers + j * layout.panel_stride);
+    pack_b<Gates>(b, k0, k - k0 < layout.depth ? k - k0 : layout.depth, n, j,
+                  to + block * layout.block_numbers + j * layout.panel_stride);
   });
 }
 
@@ -64,14 +64,14 @@ class alignas(64) GemmProgress {
   int64_t packing_ = 0, packed_ = 0, multiplied_ = 0;
 };
 
-// One product of a team: C (m, n) (+)= A B, as gemm() has it.
-template <class T>
+// One product of a team: C (+)= A (m, k) B (k, Gates * n), as gemm() and gemm_by_gates() have it.
+template <class T, int Gates>
 class Gemm {
  public:
-  using Shape = PanelShape<T, 1>;
+  using Shape = PanelShape<T, Gates>;
 
-  Gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, bool accumulate, Compute<T>* c,
-       int64_t ldc, const T* packed_b)
+  Gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, bool accumulate,
+       const GemmResult<Compute<T>>& c, const T* packed_b)
       : m_(m),
         n_(n),
         k_(k),
@@ -79,15 +79,14 @@ class Gemm {
         b_(b),
         accumulate_(accumulate),
         c_(c),
-        ldc_(ldc),
         packed_b_(packed_b),
-        layout_(n, k, packed_b || m * n > kGemmNumbersSmall ? kGemmK : kGemmKSmall),
+        layout_(n, k, packed_b || m * n * Gates > kGemmNumbersSmall ? kGemmK : kGemmKSmall),
         tiles_((m + kTileRows - 1) / kTileRows) {}
 
   // The longer side is shared.
   void run(int threads) {
-    const int64_t parts = (m_ > n_ ? m_ : n_) / kGemmPart;  // every thread has work
-    team_ = m_ * n_ * k_ < kGemmToShare || parts < 1 ? 1 : parts < threads ? static_cast<int>(parts) : threads;
+    const int64_t parts = (m_ > c_.columns ? m_ : c_.columns) / kGemmPart;  // every thread has work
+    team_ = m_ * c_.columns * k_ < kGemmToShare || parts < 1 ? 1 : parts < threads ? static_cast<int>(parts) : threads;
     a_numbers_ = packs(a_) ? kGemmRows * padded_terms<T>(layout_.depth) : 0;
     a_memory_.allocate(team_ * a_numbers_);
     if (team_ == 1 || (tiles_ < layout_.panels && tiles_ < 8 * team_)) {
@@ -118,11 +117,11 @@ class Gemm {
     const bool accumulate = accumulate_ || k.begin > 0;
 #if FASTSEQ_AMX
     if constexpr (kInAmx<T>)
-      return amx_gemm_block(
-          a_, rows_of(tiles), k, next, k_next, block, layout_.panel_stride, panels, n_, memory, accumulate, c_, ldc_);
+      return amx_gemm_block<Shape::vectors>(
+          a_, rows_of(tiles), k, next, k_next, block, layout_.panel_stride, panels, memory, accumulate, c_);
 #endif
-    gemm_block(
-        a_, rows_of(tiles), k, next, k_next, block, layout_.panel_stride, panels, n_, memory, accumulate, c_, ldc_);
+    gemm_block<Shape::vectors>(
+        a_, rows_of(tiles), k, next, k_next, block, layout_.panel_stride, panels, memory, accumulate, c_);
   }
 
   // Each member has panels of his own.
@@ -135,7 +134,7 @@ class Gemm {
         const T* const block = packed_b_ ? packed_b_ + i * layout_.block_numbers : memory;
         if (!packed_b_)
           for (int64_t j = panels.begin; j < panels.end; ++j)
-            pack_b(b_, k.begin, k.size, n_, j, memory + j * layout_.panel_stride);
+            pack_b<Gates>(b_, k.begin, k.size, n_, j, memory + j * layout_.panel_stride);
         for (Range left = all; left.begin < left.end;) {
           const Range tiles = first_of(left);
           left.begin = tiles.end;
@@ -150,7 +149,8 @@ class Gemm {
   void share_rows() {
     const int64_t blocks = layout_.blocks;
     T* const memory = packed_b_ ? nullptr : b_memory_.allocate((blocks > 1 ? kBuffers : 1) * layout_.block_numbers);
-    const int64_t tile_work = kTileRows * n_ * layout_.depth, enough = (kGemmToTake + tile_work - 1) / tile_work;
+    const int64_t tile_work = kTileRows * c_.columns * layout_.depth,
+                  enough = (kGemmToTake + tile_work - 1) / tile_work;
     const int64_t least = enough < kGemmTilesToTake ? kGemmTilesToTake : enough < kMost ? enough : kMost;
     constexpr int64_t few = 16;  // are on the stack: a small product would feel the allocation
     GemmProgress few_progress[few];
@@ -191,8 +191,8 @@ class Gemm {
       const Range piece = part(all, i, pieces);
       for (int64_t n = piece.begin; n < piece.end; ++n) {
         const int64_t j = n / chains, from = n % chains * kChain;
-        pack_b(b_, k.begin + from, k.size - from < kChain ? k.size - from : kChain, n_, j,
-               to + j * layout_.panel_stride + from * Shape::width);
+        pack_b<Gates>(b_, k.begin + from, k.size - from < kChain ? k.size - from : kChain, n_, j,
+                      to + j * layout_.panel_stride + from * Shape::width);
       }
       progress.add_packed();
     }
@@ -204,17 +204,16 @@ class Gemm {
   int64_t m_, n_, k_;
   Matrix<T> a_, b_;
   bool accumulate_;
-  Compute<T>* c_;
-  int64_t ldc_;
+  GemmResult<Compute<T>> c_;
   const T* packed_b_;
-  GemmPanels<T> layout_;
+  GemmPanels<T, Gates> layout_;
   int64_t tiles_, a_numbers_ = 0;
   int team_ = 1;
   Workspace<T> b_memory_;
   Workspace<typename Terms<T>::Left> a_memory_;
 };
 
-// C (m, n) (+)= A B, C of the type that is computed in. packed_b: B once more, from gemm_pack, or null.
+// C (m, n) (+)= A B, C of the type that is computed in. packed_b: B once more, from gemm_pack<1>, or null.
 template <class T>
 void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, bool accumulate,
           Compute<T>* c, int64_t ldc, const T* packed_b = nullptr) {
@@ -227,5 +226,21 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
   if constexpr (Terms<T>::count == 1)  // rows of pairs lie nowhere
     if (m <= kRowsInPlace && a.column == 1 && b.column == 1)
       return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
-  Gemm<T>(m, n, k, a, b, accumulate, c, ldc, packed_b).run(threads);
+  Gemm<T, 1>(m, n, k, a, b, accumulate, {c, ldc, PanelShape<T, 1>::width, n}, packed_b).run(threads);
+}
+
+// A (m, k) W^T of w (Gates * n, k) whose rows are ldw apart, a panel's columns after another's: [panel][m][width], what
+// comes of units past n being zero. packed: w once more, from gemm_pack<Gates>, or null.
+template <int Gates, class T>
+void gemm_by_gates(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const T* w, int64_t ldw,
+                   Compute<T>* to, const T* packed) {
+  using Shape = PanelShape<T, Gates>;
+  const int64_t columns = Shape::blocks(n) * Shape::width;
+  if (m <= 0 || n <= 0) return;
+  if (k <= 0) {
+    memset(to, 0, m * columns * sizeof(Compute<T>));
+    return;
+  }
+  Gemm<T, Gates>(m, n, k, a, columns_of(w, ldw), false, {to, Shape::width, m * Shape::width, columns}, packed)
+      .run(threads);
 }

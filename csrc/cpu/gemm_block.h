@@ -21,11 +21,11 @@ Matrix<T> columns_of(const T* data, int64_t ld) {  // the transpose of what lies
   return {data, 1, ld};
 }
 
-// How B (k, n) is packed: blocks of K, each of all panels, which stay as far apart in a shorter last one, as threads
-// may be a block apart.
-template <class T>
+// How B (k, Gates * n) is packed: blocks of K, each of all panels, which stay as far apart in a shorter last one, as
+// threads may be a block apart.
+template <class T, int Gates = 1>
 struct GemmPanels {
-  using Shape = PanelShape<T, 1>;
+  using Shape = PanelShape<T, Gates>;
   int64_t panels, blocks, depth, panel_stride, block_numbers;
 
   GemmPanels(int64_t n, int64_t k, int64_t most = kGemmK) {
@@ -39,14 +39,19 @@ struct GemmPanels {
 };
 
 // Rows [k0, k0 + k_size) of B, panel j: [k][V lanes of each vector], zero past n.
-template <class T>
+template <int Gates, class T>
 void pack_b(const Matrix<T>& b, int64_t k0, int64_t k_size, int64_t n, int64_t j, T* panel) {
-  if (b.column == 1) {
-    pack_straight(b.data + k0 * b.row, b.row, n, k_size, j, panel);
-  } else {
-    pack_transposed<1>(b.data + k0, b.column, n, k_size, j, panel);
-  }
+  if constexpr (Gates == 1)
+    if (b.column == 1) return pack_straight(b.data + k0 * b.row, b.row, n, k_size, j, panel);
+  pack_transposed<Gates>(b.data + k0, b.column, n, k_size, j, panel);
 }
+
+// C, its rows and panels so many numbers apart, and its columns.
+template <class A>
+struct GemmResult {
+  A* data;
+  int64_t row, panel, columns;
+};
 
 // Whether A is packed: always, where a step takes several k.
 template <class T>
@@ -200,15 +205,16 @@ struct Depth {
   int64_t begin, size;
 };
 
-// At most kGemmRows rows of C against some panels of one block of K. Rows `next` of block k_next of A come after them.
-template <class T>
+// At most kGemmRows rows of C against some panels of NV vectors of one block of K. Rows `next` of block k_next of A
+// come after them.
+template <int NV, class T>
 void gemm_block(const Matrix<T>& a, Range rows, Depth k, Range next, Depth k_next, const T* panels,
-                int64_t panel_stride, Range columns, int64_t n, typename Terms<T>::Left* a_memory, bool accumulate,
-                Compute<T>* c, int64_t ldc) {
-  using Shape = PanelShape<T, 1>;
-  constexpr int NV = Shape::vectors, MR = tile_rows(NV), count = Terms<T>::count;
+                int64_t panel_stride, Range columns, typename Terms<T>::Left* a_memory, bool accumulate,
+                const GemmResult<Compute<T>>& c) {
+  constexpr int MR = tile_rows(NV), count = Terms<T>::count;
+  constexpr int64_t width = NV * Vec<Compute<T>>::size;
   const bool packed = packs(a);
-  constexpr int64_t line = kLineNumbers<T>, lines = Shape::width * count / line;
+  constexpr int64_t line = kLineNumbers<T>, lines = width * count / line;
   const bool far = (columns.end - columns.begin) * panel_stride * static_cast<int64_t>(sizeof(T)) >= kGemmBytesFar;
   const int64_t steps = (k.size + count - 1) / count;
   const int64_t a_row = packed ? count : a.row, a_step = packed ? MR * count : count;
@@ -218,8 +224,8 @@ void gemm_block(const Matrix<T>& a, Range rows, Depth k, Range next, Depth k_nex
   RowsAhead<T> rows_ahead(a, next, k_next.begin, k_next.size, calls);
   for (int64_t j = columns.begin; j < columns.end; ++j) {
     const T* panel = panels + j * panel_stride;
-    Compute<T>* to = c + i0 * ldc + j * Shape::width;
-    const int64_t valid = n - j * Shape::width;
+    Compute<T>* to = c.data + i0 * c.row + j * c.panel;
+    const int64_t valid = c.columns - j * width;
     for_vectors_of<NV, Vec<Compute<T>>>(valid, [&](auto part) __attribute__((always_inline)) {
       constexpr int vectors = decltype(part)::value;
       for (int64_t i = 0; i < here; i += MR) {
@@ -228,14 +234,14 @@ void gemm_block(const Matrix<T>& a, Range rows, Depth k, Range next, Depth k_nex
           if (!packed) from = a.data + (i0 + i) * a.row + k.begin;
         }
         if (far && i / MR < lines && here - i >= MR && j + 1 < columns.end) {
-          gemm_tile<MR, vectors, NV, T, true>(from, a_row, a_step, panel, k.size, to + i * ldc, ldc, valid, accumulate,
-                                              rows_ahead, panel + panel_stride + i / MR * steps * line);
+          gemm_tile<MR, vectors, NV, T, true>(from, a_row, a_step, panel, k.size, to + i * c.row, c.row, valid,
+                                              accumulate, rows_ahead, panel + panel_stride + i / MR * steps * line);
         } else if (here - i >= MR) {
           gemm_tile<MR, vectors, NV, T>(
-              from, a_row, a_step, panel, k.size, to + i * ldc, ldc, valid, accumulate, rows_ahead);
+              from, a_row, a_step, panel, k.size, to + i * c.row, c.row, valid, accumulate, rows_ahead);
         } else {
           gemm_tile_remainder<MR - 1, vectors, NV, T>(
-              here - i, from, a_row, a_step, panel, k.size, to + i * ldc, ldc, valid, accumulate, rows_ahead);
+              here - i, from, a_row, a_step, panel, k.size, to + i * c.row, c.row, valid, accumulate, rows_ahead);
         }
       }
     });

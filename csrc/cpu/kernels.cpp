@@ -41,6 +41,7 @@ namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
 
 #include "vec.h"
 #include "vec_math.h"
+#include "vectors.h"
 #include "../cells.h"
 #include "terms.h"
 #include "amx.h"
@@ -91,16 +92,13 @@ constexpr TypedKernels<T> typed_kernels() {
   };
 }
 template <class T>
+void gemm_of_rows(int threads, int64_t m, int64_t n, int64_t k, const T* a, const T* b, Compute<T>* c) {
+  gemm(threads, m, n, k, rows_of(a, k), rows_of(b, n), false, c, n);
+}
+template <class T>
 constexpr Probes<T> probes_of() {
   return {
-      map<T, exp<T>>,
-      map<T, sigmoid<T>>,
-      map<T, tanh<T>>,
-      map<T, exp2_of_score<T>>,
-      [](int threads, int64_t m, int64_t n, int64_t k, const T* a, const T* b, T* c) {
-        gemm(threads, m, n, k, rows_of(a, k), rows_of(b, n), false, c, n);
-      },
-      fma_rate<T>,
+      map<T, exp<T>>, map<T, sigmoid<T>>, map<T, tanh<T>>, map<T, exp2_of_score<T>>, gemm_of_rows<T>, fma_rate<T>,
   };
 }
 
@@ -132,6 +130,7 @@ const Kernels kTable = {
     &kBf16,
     &kProbesF32,
     &kProbesF64,
+    gemm_of_rows<bfloat16>,
     read_rate,
 };
 

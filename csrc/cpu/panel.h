@@ -22,6 +22,13 @@ constexpr int tile_rows(int nv) { return nv == 2 ? 6 : nv == 3 ? 4 : 3; }
 constexpr int kWideVectors = 2;
 #endif
 
+// Gates that a cell computes side by side, of one vector or more (vectors.h).
+#if FASTSEQ_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int kGatesAtOnce = 12;
+#else
+constexpr int kGatesAtOnce = 6;
+#endif
+
 // Of terms of a sum a product takes so many at a time; a panel has whole such, those past the last zero.
 template <class T>
 constexpr int64_t kTermsTaken = kInAmx<T> ? kAmxTerms : Terms<T>::count;
@@ -40,6 +47,8 @@ struct PanelShape {
   static constexpr int units = unit_vectors * V::size;  // output units a panel covers
   static constexpr int width = vectors * V::size;       // sums a row
   static constexpr int step = width * Terms<T>::count;  // numbers of a panel that are taken at a time
+  // Of the sums of panels side by side, where those of a vector of units are.
+  static constexpr int64_t place_of_vector(int64_t u) { return u / unit_vectors * width + u % unit_vectors * V::size; }
   static constexpr int64_t blocks(int64_t n) { return (n + units - 1) / units; }
   static constexpr int64_t panel_numbers(int64_t k) { return padded_terms<T>(k) / Terms<T>::count * step; }
 };

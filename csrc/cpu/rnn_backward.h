@@ -46,6 +46,7 @@ class BackwardDirection {
  public:
   using A = Compute<T>;
   using V = Vec<A>;
+  using Shape = PanelShape<T, 1>;
 
   void prepare(const RnnBackward<T>& p, int direction, int64_t chunk_steps) {
     p_ = &p;
@@ -213,12 +214,13 @@ class BackwardDirection {
     const KPiece k[1] = {{0, hout_}};
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      projection_.for_each_block(dh + r0 * hout_, hout_, count, k, 1, units, false,
-                                 [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
-                                   for (int64_t i = 0; i < count; ++i)
-                                     for (int u = 0; u < vectors; ++u)
-                                       use(r0 + i, (first + u) * V::size, V::load(sums + i * ld_sums + u * V::size));
-                                 });
+      projection_.for_each_block(
+          dh + r0 * hout_, hout_, count, k, 1, units, false,
+          [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
+            for (int64_t i = 0; i < count; ++i)
+              for (int u = 0; u < vectors; ++u)
+                use(r0 + i, (first + u) * V::size, V::load(sums + i * ld_sums + Shape::place_of_vector(u)));
+          });
     }
   }
 
@@ -257,7 +259,7 @@ class BackwardDirection {
                                  for (int u = 0; u < vectors; ++u) {
                                    const int64_t j = (first + u) * V::size, valid = hout_ - j;
                                    A* carry = carry_ + (r0 + i) * hout_ + j;
-                                   const V sum = V::load(sums + i * ld_sums + u * V::size);
+                                   const V sum = V::load(sums + i * ld_sums + Shape::place_of_vector(u));
                                    (V::load(carry, valid) + sum).store(carry, valid);
                                  }
                              });

@@ -12,9 +12,11 @@ constexpr int64_t kNumbersToShare = 131072;   // numbers to add or multiply, lik
 constexpr int64_t kWeightsToStream = 1 << 18;
 constexpr int64_t kWeightsToStreamBackward = 1 << 20;  // a thread then reads the others' dg, too, not only their h
 constexpr int64_t kRowsToShareUnits = 16;
-constexpr int64_t kWorkToMeasure = 1 << 26;       // a thread's multiplications that tell how fast it is
-constexpr int64_t kChunkBytes = 2 << 20;          // gx computed ahead of the steps
-constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
+constexpr int64_t kWorkToMeasure = 1 << 26;  // a thread's multiplications that tell how fast it is
+constexpr int64_t kChunkBytes = 2 << 20;     // gx computed ahead of the steps
+constexpr int64_t kChunkRows = 256;          // at least: a product of a few rows reads all panels for them
+// Where as small a W_ih leaves a core's own cache room for it, of one thread: threads meet after every chunk.
+constexpr int64_t kChunkBytesNear = 1 << 19;
 constexpr int64_t kBackwardChunkBytes = 4 << 20;  // dg kept for the weight gradients
 constexpr int64_t kBackwardChunkRows = 2048;      // at least: their products pack what they multiply once a chunk
 

@@ -19,7 +19,7 @@ struct PackedDirection {
   explicit PackedDirection(const RnnLayer<T>& p) {
     w_hr = Hidden::packed_numbers(p.hidden_size, p.out_size());
     w_ih = w_hr + (p.proj_size ? Projection::packed_numbers(p.proj_size, p.hidden_size) : 0);
-    numbers = w_ih + GemmPanels<T>(Cell::gates * p.hidden_size, p.input_size).numbers();
+    numbers = w_ih + GemmPanels<T, Cell::gates>(p.hidden_size, p.input_size).numbers();
   }
 };
 
@@ -40,7 +40,7 @@ void rnn_pack(const RnnLayer<T>& p, int direction, T* to) {
   pack(typename PackedDirection<Cell, T>::Hidden(), w.w_hh, p.hidden_size, p.out_size(), to);
   if (p.proj_size)
     pack(typename PackedDirection<Cell, T>::Projection(), w.w_hr, p.proj_size, p.hidden_size, to + at.w_hr);
-  gemm_pack(p.threads, Cell::gates * p.hidden_size, p.input_size, columns_of(w.w_ih, p.input_size), to + at.w_ih);
+  gemm_pack<Cell::gates>(p.threads, p.hidden_size, p.input_size, columns_of(w.w_ih, p.input_size), to + at.w_ih);
 }
 
 template <class Cell, class T>
@@ -66,6 +66,8 @@ class ForwardDirection {
     packed_ = p.schedule.nominal_steps() >= kStepsToPack;
     const int64_t B = p.schedule.batch;
     const T* ready = packed_ ? p.packed[d_] : nullptr;
+    if (Cell::kept > 0) kept_ = p.kept[d_];
+    in_kept_ = kSameType && kept_ && !ready;
     const PackedDirection<Cell, T> at(p);
     hidden_.prepare(w_.w_hh, hout_, H_, hout_, packed_, ready);
     if (!packed_) input_.prepare(w_.w_ih, p.input_size, H_, p.input_size, false);
@@ -76,14 +78,20 @@ class ForwardDirection {
       if (!c_) c_ = c_memory_.allocate(B * H_);
       copy_or_zero(c_, p.c0 ? p.c0 + d_ * B * H_ : nullptr, B * H_);
     }
-    const int64_t gate_zeros = w_.b_ih && w_.b_hh ? 0 : Cell::gates * H_, state_zeros = p.h0 ? 0 : B * hout_;
-    zeros_.zeros(gate_zeros > state_zeros ? gate_zeros : state_zeros);
-    b_ih_ = w_.b_ih ? w_.b_ih : zeros_.get();
-    b_hh_ = w_.b_hh ? w_.b_hh : zeros_.get();
+    const int64_t GH = Cell::gates * H_, state_zeros = p.h0 ? 0 : B * hout_;
+    const int64_t gate_zeros = !kSameType || (w_.b_ih && w_.b_hh) ? 0 : GH;
+    zeros_.zeros(state_zeros > gate_zeros ? state_zeros : gate_zeros);
+    if constexpr (kSameType) {
+      b_ih_ = w_.b_ih ? w_.b_ih : zeros_.get();
+      b_hh_ = w_.b_hh ? w_.b_hh : zeros_.get();
+    } else {  // once, for every row of every step
+      A* const biases = biases_.allocate(2 * GH);
+      b_ih_ = biases, b_hh_ = biases + GH;
+      copy_or_zero(biases, w_.b_ih, GH);
+      copy_or_zero(biases + GH, w_.b_hh, GH);
+    }
     h0_ = p.h0 ? p.h0 + d_ * B * hout_ : zeros_.get();
     if (p.proj_size && !p.emitted[d_]) emitted_.allocate(B * H_);
-    if (Cell::kept > 0) kept_ = p.kept[d_];
-    gx_ld_ = in_output() ? ldo_ : in_kept() ? Cell::kept * H_ : Cell::gates * H_;
   }
 
   Work work() const {
@@ -95,26 +103,35 @@ class ForwardDirection {
 
   // gx comes in chunks, of so many rows at most.
   void reserve_gx(int64_t chunk_rows, int64_t chunks) {
-    const int64_t GH = Cell::gates * H_, I = p_->input_size;
-    if (!in_output() && !in_kept()) gx_.allocate(chunk_rows * GH);
-    if (packed_ && chunks > 1 && !panels_w_ih_) {  // once for all chunks
-      T* const panels = w_ih_memory_.allocate(GemmPanels<T>(GH, I).numbers());
-      gemm_pack(p_->threads, GH, I, columns_of(w_.w_ih, I), panels);
+    if (!gx_elsewhere()) gx_memory_.allocate(chunk_rows * gx_numbers(H_));
+    if (!packed_ || chunks <= 1 || panels_w_ih_) return;
+    const auto pack_for_all = [&](auto gates, int64_t n) {
+      constexpr int G = decltype(gates)::value;
+      const int64_t I = p_->input_size;
+      T* const panels = w_ih_memory_.allocate(GemmPanels<T, G>(n, I).numbers());
+      gemm_pack<G>(p_->threads, n, I, columns_of(w_.w_ih, I), panels);
       panels_w_ih_ = panels;
-    }
+    };
+    gx_elsewhere() ? pack_for_all(Part<1>{}, Cell::gates * H_) : pack_for_all(Part<Cell::gates>{}, H_);
   }
+  // Numbers of gx that a row takes.
+  static int64_t gx_numbers(int64_t hidden_size) { return Hidden::blocks(hidden_size) * Hidden::width; }
   // gx of steps [s0, s1), without the bias.
   void project_input(int64_t s0, int64_t s1) {
     const Range rows = walk_.packed_rows(s0, s1);
-    gx_rows_ = gx_.get() ? gx_.get() - rows.begin * gx_ld_ : nullptr;
-    if constexpr (kSameType) {
-      if (in_output()) gx_rows_ = p_->output + d_ * hout_;
-      if (in_kept()) gx_rows_ = kept_;
+    const int64_t count = rows.end - rows.begin, I = p_->input_size;
+    const Matrix<T> x = rows_of(p_->x + rows.begin * I, I);
+    if (!gx_elsewhere()) {
+      gx_ = {gx_memory_.get() - rows.begin * Hidden::width, Hidden::width, count * Hidden::width, Hidden::units};
+      if (packed_) gemm_by_gates<Cell::gates>(p_->threads, count, H_, I, x, w_.w_ih, I, gx_memory_.get(), panels_w_ih_);
+      return;
     }
-    if (!packed_) return;  // run() does it
-    const int64_t I = p_->input_size;
-    gemm(p_->threads, rows.end - rows.begin, Cell::gates * H_, I, rows_of(p_->x + rows.begin * I, I),
-         columns_of(w_.w_ih, I), false, gx_rows_ + rows.begin * gx_ld_, gx_ld_, panels_w_ih_);
+    if constexpr (kSameType) {
+      gx_ = {in_output() ? p_->output + d_ * hout_ : kept_, in_output() ? ldo_ : Cell::kept * H_, Hidden::units, H_};
+      if (packed_)
+        gemm(p_->threads, count, Cell::gates * H_, I, x, columns_of(w_.w_ih, I), false, gx_.data + rows.begin * gx_.row,
+             gx_.row, panels_w_ih_);
+    }
   }
 
   // Steps [s0, s1) of some rows, this member's share of their units.
@@ -162,9 +179,18 @@ class ForwardDirection {
   }
 
  private:
+  // Where gx lies: row by row in other tensors, or in memory of its own as a step reads it, a panel's rows after
+  // another's.
+  struct Gx {
+    A* data;
+    int64_t row, panel, gate;  // numbers from one to the next
+    A* at(int64_t n, int64_t vector) const {
+      return data + n * row + vector / Hidden::unit_vectors * panel + vector % Hidden::unit_vectors * V::size;
+    }
+  };
   // Where gx takes no memory of its own: what comes of it overwrites it.
   bool in_output() const { return kSameType && Cell::gates == 1 && Cell::kept == 0 && !p_->proj_size; }
-  bool in_kept() const { return kSameType && kept_; }
+  bool gx_elsewhere() const { return in_output() || in_kept_; }
   T* output_row(int64_t n) const { return p_->output + n * ldo_ + d_ * hout_; }
   T* emitted_row(int64_t n, int64_t r) const {
     return p_->emitted[d_] ? p_->emitted[d_] + n * H_ : emitted_.get() + r * H_;
@@ -180,11 +206,9 @@ class ForwardDirection {
                             [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
                               for (int64_t i = 0; i < count; ++i)
                                 for (int g = 0; g < Cell::gates; ++g)
-                                  for (int u = 0; u < vectors; ++u) {
-                                    const int64_t j = (first + u) * V::size;
-                                    V::load(sums + i * ld_sums + g * Hidden::units + u * V::size)
-                                        .store(gx_rows_ + (r0 + i) * gx_ld_ + g * H_ + j, H_ - j);
-                                  }
+                                  for (int u = 0; u < vectors; ++u)
+                                    V::load(sums + i * ld_sums + g * Hidden::units + Hidden::place_of_vector(u))
+                                        .store(gx_.at(r0 + i, first + u) + g * gx_.gate, H_ - (first + u) * V::size);
                             });
     }
   }
@@ -199,46 +223,82 @@ class ForwardDirection {
       const int64_t rows = piece.rows.end - r0 < kRowBlock ? piece.rows.end - r0 : kRowBlock;
       hidden_.for_each_block(h_prev + r0 * ldh, ldh, rows, k, 1, units, t % 2 == 1,
                              [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
-                               for (int64_t i = 0; i < rows; ++i) {
-                                 const int64_t r = r0 + i;
-                                 for (int u = 0; u < vectors; ++u)
-                                   update(n0 + r, r, (first + u) * V::size, sums + i * ld_sums + u * V::size,
-                                          Hidden::units, h_prev + r * ldh);
-                               }
+                               update(n0, r0, rows, first, vectors, sums, ld_sums, h_prev, ldh);
                              });
     }
   }
 
-  // Units [j, j + V) of row r: gh without bias at gh[gate * gate_stride]. Whole vectors get code of their own, in which
-  // `valid` is a constant and no access asks how many lanes there are.
-  FASTSEQ_INLINE void update(int64_t n, int64_t r, int64_t j, const A* gh, int64_t gate_stride, const T* h_prev) {
-    if (H_ - j >= V::size) {
-      update_lanes(n, r, j, V::size, gh, gate_stride, h_prev);
-    } else {
-      update_lanes(n, r, j, H_ - j, gh, gate_stride, h_prev);
-    }
+  // A vector of units of a row.
+  struct Place {
+    int64_t n, r, j;  // packed row, row, first unit
+    const A* gh;      // without bias, gates Hidden::units apart
+    const T* h_prev;
+    int64_t valid;
+  };
+  // Some vectors at a time, of as many rows as that takes. Whole vectors get code of their own, in which `valid` is a
+  // constant and no access asks how many lanes there are.
+  void update(int64_t n0, int64_t r0, int64_t rows, int64_t first, int vectors, const A* sums, int64_t ld_sums,
+              const T* h_prev, int64_t ldh) {
+    const bool whole = (first + vectors) * V::size <= H_;
+    int64_t i = 0;
+    int u = 0;
+    const auto next = [&]() __attribute__((always_inline)) {
+      const int64_t r = r0 + i, j = (first + u) * V::size;
+      const Place place{n0 + r, r, j, sums + i * ld_sums + Hidden::place_of_vector(u), h_prev + r * ldh, H_ - j};
+      if (++u == vectors) u = 0, ++i;
+      return place;
+    };
+    const auto several = [&](auto count) __attribute__((always_inline)) {
+      constexpr int N = decltype(count)::value;
+      Place places[N];
+      for (int k = 0; k < N; ++k) places[k] = next();
+      if (whole) {
+        update_lanes<N, true>(places);
+      } else {
+        update_lanes<N, false>(places);
+      }
+    };
+    constexpr int most = kGatesAtOnce / Cell::gates;
+    int64_t left = rows * vectors;
+    if constexpr (most >= 4)
+      for (; left >= 4; left -= 4) several(Part<4>{});
+    if constexpr (most >= 2)
+      for (; left >= 2; left -= 2) several(Part<2>{});
+    for (; left > 0; --left) several(Part<1>{});
   }
-  FASTSEQ_INLINE void update_lanes(int64_t n, int64_t r, int64_t j, int64_t valid, const A* gh, int64_t gate_stride,
-                                   const T* h_prev) {
-    const A* gx = gx_rows_ + n * gx_ld_ + j;
-    V x[Cell::gates], h[Cell::gates];
-    for (int g = 0; g < Cell::gates; ++g) {
-      x[g] = V::load(gx + g * H_, valid) + V::load(b_ih_ + g * H_ + j, valid);
-      h[g] = V::load(gh + g * gate_stride, valid) + V::load(b_hh_ + g * H_ + j, valid);
+  template <int N, bool whole>
+  FASTSEQ_INLINE void update_lanes(const Place* places) {
+    using Vs = Vectors<A, N>;
+    Vs x[Cell::gates], h[Cell::gates], c(0), before(0), keep[Cell::kept + 1];
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Place& at = places[i];
+      const int64_t valid = whole ? V::size : at.valid;
+      const A* gx = gx_.at(at.n, at.j / V::size);
+#pragma GCC unroll 4
+      for (int g = 0; g < Cell::gates; ++g) {
+        x[g].part[i] = V::load(gx + g * gx_.gate, valid) + V::load(b_ih_ + g * H_ + at.j, valid);
+        h[g].part[i] = V::load(at.gh + g * Hidden::units, valid) + V::load(b_hh_ + g * H_ + at.j, valid);
+      }
+      if constexpr (Cell::cell_state) c.part[i] = V::load(c_ + at.r * H_ + at.j, valid);
+      if constexpr (Cell::reads_h_prev) before.part[i] = V::load(at.h_prev + at.j, valid);
     }
-    V c(0), before(0), keep[Cell::kept + 1];
-    if constexpr (Cell::cell_state) c = V::load(c_ + r * H_ + j, valid);
-    if constexpr (Cell::reads_h_prev) before = V::load(h_prev + j, valid);
-    const V now = Cell::update(x, h, before, c, keep);
-    if constexpr (Cell::cell_state) c.store(c_ + r * H_ + j, valid);
-    if constexpr (Cell::kept > 0) {
-      if (kept_)
-        for (int k = 0; k < Cell::kept; ++k) keep[k].store(kept_ + (n * Cell::kept + k) * H_ + j, valid);
-    }
-    if (p_->proj_size) {
-      now.store(emitted_row(n, r) + j, valid);
-    } else {
-      now.store(output_row(n) + j, valid);
+    const Vs now = Cell::update(x, h, before, c, keep);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      const Place& at = places[i];
+      const int64_t valid = whole ? V::size : at.valid;
+      if constexpr (Cell::cell_state) c.part[i].store(c_ + at.r * H_ + at.j, valid);
+      if constexpr (Cell::kept > 0) {
+        if (kept_)
+          for (int k = 0; k < Cell::kept; ++k)
+            keep[k].part[i].store(kept_ + (at.n * Cell::kept + k) * H_ + at.j, valid);
+      }
+      if (p_->proj_size) {
+        now.part[i].store(emitted_row(at.n, at.r) + at.j, valid);
+      } else {
+        now.part[i].store(output_row(at.n) + at.j, valid);
+      }
     }
   }
 
@@ -248,15 +308,15 @@ class ForwardDirection {
     const KPiece k[1] = {{0, H_}};
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
-      projection_.for_each_block(
-          emitted_row(n0 + r0, r0), H_, count, k, 1, outputs, t % 2 == 1,
-          [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
-            for (int64_t i = 0; i < count; ++i)
-              for (int u = 0; u < vectors; ++u) {
-                const int64_t j = (first + u) * V::size;
-                V::load(sums + i * ld_sums + u * V::size).store(output_row(n0 + r0 + i) + j, hout_ - j);
-              }
-          });
+      projection_.for_each_block(emitted_row(n0 + r0, r0), H_, count, k, 1, outputs, t % 2 == 1,
+                                 [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
+                                   for (int64_t i = 0; i < count; ++i)
+                                     for (int u = 0; u < vectors; ++u) {
+                                       const int64_t j = (first + u) * V::size;
+                                       V::load(sums + i * ld_sums + Projection::place_of_vector(u))
+                                           .store(output_row(n0 + r0 + i) + j, hout_ - j);
+                                     }
+                                 });
     }
   }
 
@@ -264,15 +324,17 @@ class ForwardDirection {
   int d_ = 0;
   Walk walk_{};
   DirectionWeights<T> w_;
-  int64_t H_ = 0, hout_ = 0, ldo_ = 0, gx_ld_ = 0;
-  bool packed_ = false;
+  int64_t H_ = 0, hout_ = 0, ldo_ = 0;
+  bool packed_ = false, in_kept_ = false;
   typename PackedDirection<Cell, T>::Hidden hidden_, input_;
   typename PackedDirection<Cell, T>::Projection projection_;
   Workspace<T> zeros_, emitted_, w_ih_memory_;
-  Workspace<A> c_memory_, gx_;
-  const T *b_ih_ = nullptr, *b_hh_ = nullptr, *h0_ = nullptr, *panels_w_ih_ = nullptr;
+  Workspace<A> c_memory_, gx_memory_, biases_;
+  Gx gx_{};
+  const A *b_ih_ = nullptr, *b_hh_ = nullptr;
+  const T *h0_ = nullptr, *panels_w_ih_ = nullptr;
   T* kept_ = nullptr;
-  A *gx_rows_ = nullptr, *c_ = nullptr;
+  A* c_ = nullptr;
 };
 
 template <class Cell, class T>
@@ -284,8 +346,10 @@ void rnn_forward(const RnnForward<T>& p) {
     const int64_t panels = directions[0].panels();
     parallel_for(p.threads, panels * p.directions, [&](int64_t i) { directions[i / panels].pack(i % panels); });
 
-    const int64_t chunk =
-        steps_per_chunk(p.schedule, Cell::gates * p.hidden_size * sizeof(Compute<T>), kChunkBytes, kChunkRows);
+    const int64_t gx_numbers = ForwardDirection<Cell, T>::gx_numbers(p.hidden_size);
+    const bool near = p.threads == 1 && gx_numbers * p.input_size * static_cast<int64_t>(sizeof(T)) <= kChunkBytesNear;
+    const int64_t chunk = steps_per_chunk(p.schedule, gx_numbers * sizeof(Compute<T>),
+                                          near ? kChunkBytesNear : kChunkBytes, near ? kGemmRows : kChunkRows);
     for (int d = 0; d < p.directions; ++d)
       directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch, (T_ + chunk - 1) / chunk);
     RowShares shares[2];

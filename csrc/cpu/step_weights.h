@@ -53,9 +53,10 @@ class StepWeights {
   }
 
   // For all vectors of units in [mine.begin, mine.end): rows of a (<= kRowBlock) times their weights, a panel or a part
-  // of one at a time, handed to use(first vector, vectors, rows' sums, numbers between two rows' sums); the gates of a
-  // unit lie Shape::units apart. The pieces of a's columns follow one another in K. What comes again every step is best
-  // read to and fro: a cache that does not hold all of it holds the end of the last step.
+  // of one at a time, or some panels side by side, handed to use(first vector, vectors, rows' sums, numbers between two
+  // rows' sums); vector u has them at Shape::place_of_vector(u), the gates of a unit Shape::units apart. The pieces of
+  // a's columns follow one another in K. What comes again every step is best read to and fro: a cache that does not
+  // hold all of it holds the end of the last step.
   template <class Use>
   FASTSEQ_INLINE void for_each_block(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n,
                                      Range mine, bool backwards, const Use& use) const {
@@ -89,7 +90,7 @@ class StepWeights {
         const int64_t j = blocks.begin + i * NB;
         const Panel panel = panel_of(j);
         panel_product<NV, NB, NV>(a, lda, 1, pieces, pieces_n, panel.data, panel.step, panel.block, sums);
-        for (int b = 0; b < NB; ++b) use((j + b) * UV, UV, sums + b * Shape::width, NB * Shape::width);
+        use(j * UV, NB * UV, sums, NB * Shape::width);
         continue;
       }
       const int64_t j = blocks.begin + groups * NB + i - groups;

@@ -123,6 +123,24 @@ struct Vec {
     return (Native)(widened(halves) << 16);
   }
   FASTSEQ_INLINE void store(bfloat16* p) const {
+#if defined(__AVX512BF16__)
+    // The instruction takes denormals for zeros.
+    if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, 0x20) == 0, 1)) {
+      const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
+      __builtin_memcpy(p, &halves, sizeof halves);
+    } else {
+      store_by_bits(p);
+    }
+#else
+    store_by_bits(p);
+#endif
+  }
+#if defined(__AVX512BF16__)
+  __attribute__((noinline, cold))
+#else
+  FASTSEQ_INLINE
+#endif
+  void store_by_bits(bfloat16* p) const {
     using Unsigned = typename VecTraits<T>::unsigned_bits;
     const Unsigned bits = (Unsigned)v;
     // A NaN stays one, and quiet: the sum below could carry it over into zero.

@@ -86,24 +86,32 @@ PYBIND11_MODULE(_C, m) {
       "vec_math", [=](const std::string& f, const py::array_t<double, py::array::c_style>& x) { return probe(f, x); },
       py::arg("function"), py::arg("x").noconvert(), doc);
 
+  const auto product = [](const auto& a, const auto& b, auto* a_data, auto* b_data) {
+    if (a.ndim() != 2 || b.ndim() != 2 || a.shape(1) != b.shape(0))
+      throw std::invalid_argument("gemm takes a (m, k) and b (k, n)");
+    auto c = py::array_t<float>({a.shape(0), b.shape(1)});
+    float* c_data = c.mutable_data();
+    const int64_t m = a.shape(0), n = b.shape(1), k = a.shape(1);
+    {
+      py::gil_scoped_release unlocked;
+      gemm(m, n, k, a_data, b_data, c_data);
+    }
+    return c;
+  };
+  using Floats = py::array_t<float, py::array::c_style>;
+  using Halves = py::array_t<uint16_t, py::array::c_style>;
+  const char* gemm_doc =
+      "a b of contiguous float32 matrices (m, k) and (k, n), or of the bits of bfloat16 ones, uint16, by the kernels' "
+      "own product on torch's number of threads: float32.";
+  m.def(
+      "gemm", [=](const Floats& a, const Floats& b) { return product(a, b, a.data(), b.data()); },
+      py::arg("a").noconvert(), py::arg("b").noconvert(), gemm_doc);
   m.def(
       "gemm",
-      [](const py::array_t<float, py::array::c_style>& a, const py::array_t<float, py::array::c_style>& b) {
-        if (a.ndim() != 2 || b.ndim() != 2 || a.shape(1) != b.shape(0))
-          throw std::invalid_argument("gemm takes a (m, k) and b (k, n)");
-        auto c = py::array_t<float>({a.shape(0), b.shape(1)});
-        const float *a_data = a.data(), *b_data = b.data();
-        float* c_data = c.mutable_data();
-        const int64_t m = a.shape(0), n = b.shape(1), k = a.shape(1);
-        {
-          py::gil_scoped_release unlocked;
-          gemm(m, n, k, a_data, b_data, c_data);
-        }
-        return c;
+      [=](const Halves& a, const Halves& b) {
+        return product(a, b, reinterpret_cast<const bfloat16*>(a.data()), reinterpret_cast<const bfloat16*>(b.data()));
       },
-      py::arg("a").noconvert(), py::arg("b").noconvert(),
-      "a b of contiguous float32 matrices (m, k) and (k, n), by the kernels' own product on torch's number of "
-      "threads.");
+      py::arg("a").noconvert(), py::arg("b").noconvert(), gemm_doc);
   m.def("fma_rate", &fma_rate, py::arg("iterations"), py::arg("threads") = 1, py::arg("dtype") = "float32",
         py::call_guard<py::gil_scoped_release>(),
         "FLOP/s of multiply-adds in registers alone, `iterations` rounds of twelve vectors on each thread.");

@@ -44,6 +44,10 @@ void gemm(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float
   cpu::kernels().probes_f32->gemm(at::get_num_threads(), m, n, k, a, b, c);
 }
 
+void gemm(int64_t m, int64_t n, int64_t k, const bfloat16* a, const bfloat16* b, float* c) {
+  cpu::kernels().gemm_bf16(at::get_num_threads(), m, n, k, a, b, c);
+}
+
 double fma_rate(int64_t iterations, int threads, const std::string& dtype) {
   check_positive("iterations", iterations);
   check_positive("threads", threads);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../cell_list.h"
+#include "../params.h"
 #include "counters.h"
 
 namespace fastseq {
@@ -16,8 +17,9 @@ FASTSEQ_API std::vector<CellFacts> cells();
 // function: "exp", "sigmoid" or "tanh".
 FASTSEQ_API void vec_math(const std::string& function, const float* x, float* y, int64_t n);
 FASTSEQ_API void vec_math(const std::string& function, const double* x, double* y, int64_t n);
-// The machine's own speed: FLOP/s in registers of dtype "float32" or "float64"; bytes/s read, `bytes` by each thread.
 FASTSEQ_API void gemm(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c);
+FASTSEQ_API void gemm(int64_t m, int64_t n, int64_t k, const bfloat16* a, const bfloat16* b, float* c);
+// The machine's own speed: FLOP/s in registers of dtype "float32" or "float64"; bytes/s read, `bytes` by each thread.
 FASTSEQ_API double fma_rate(int64_t iterations, int threads, const std::string& dtype);
 FASTSEQ_API double read_rate(int64_t bytes, int64_t repeats, int threads);
 

@@ -107,10 +107,11 @@ class Fastseq(_Modules):
     def gemm_rate(self, dtype: str, size: int, threads: int) -> float | None:
         """Of the extension's own product, where this build has one."""
         gemm = getattr(_load._C, "gemm", None)
-        if gemm is None or dtype != "float32":
+        if gemm is None:
             return None
         torch.set_num_threads(threads)
-        a = np.ones((size, size), dtype=np.float32)
+        ones = torch.ones(size, size, dtype=getattr(torch, dtype))
+        a = (ones.view(torch.uint16) if dtype == "bfloat16" else ones).numpy()
         return _gemm_rate(lambda: gemm(a, a), size)
 
     def _settings(self, point: Point, module: torch.nn.Module, x: Tensor) -> str:
