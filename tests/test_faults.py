@@ -14,7 +14,7 @@ from fastseq import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS, DRIVER, PANEL = "csrc/cells.h", "csrc/cpu/rnn_driver.h", "csrc/cpu/panel.h"
-GEMM, DIRECT = "csrc/cpu/gemm.h", "csrc/cpu/direct.h"
+GEMM, DIRECT, STEP = "csrc/cpu/gemm.h", "csrc/cpu/direct.h", "csrc/cpu/step_weights.h"
 AMX, AMX_PRODUCT = "csrc/cpu/amx.h", "csrc/cpu/amx_product.h"
 PARALLEL, VECTORS = "csrc/cpu/parallel.h", "csrc/cpu/vec.h"
 FORWARD, BACKWARD = "csrc/cpu/rnn_forward.h", "csrc/cpu/rnn_backward.h"
@@ -61,6 +61,12 @@ FAULTS = {
         ATTENTION_BACKWARD,
         "r < padded_terms<F>(rows); r += 2",
         "r < rows; r += 2",
+    ),
+    "amx: a step takes W_hh's panels for W_ih's": (STEP, "multiply(other.panel_of(j)", "multiply(panel_of(j)"),
+    "forward: of vectors side by side all read the first one's c": (
+        FORWARD,
+        "c.part[i] = V::load(c_ + at.r * H_",
+        "c.part[i] = V::load(c_ + places[0].r * H_",
     ),
     "gemm: a later block of K overwrites the first": (GEMM, "accumulate_ || k.begin > 0;", "accumulate_;"),
     "gemm: shorter blocks move their panels together": (

@@ -336,7 +336,7 @@ void rnn_backward(const RnnBackward<T>& p) {
     dx.open(p.dx, p.schedule.total_rows() * p.input_size);
     if (p.dx && dx_from_zero) memset(dx.get(), 0, p.schedule.total_rows() * p.input_size * sizeof(Compute<T>));
     RowShares shares[2];
-    const int64_t piece = steps_to_measure(p.threads, p.schedule, p.directions, directions[0].work());
+    const int64_t piece = steps_to_measure<T>(p.threads, p.schedule, p.directions, directions[0].work());
     for (int64_t s1 = T_; s1 > 0; s1 -= chunk) {
       const int64_t s0 = s1 > chunk ? s1 - chunk : 0;
       for (int d = 0; d < p.directions; ++d) directions[d].begin_chunk(s0, s1);

@@ -12,9 +12,11 @@ constexpr int64_t kNumbersToShare = 131072;   // numbers to add or multiply, lik
 constexpr int64_t kWeightsToStream = 1 << 18;
 constexpr int64_t kWeightsToStreamBackward = 1 << 20;  // a thread then reads the others' dg, too, not only their h
 constexpr int64_t kRowsToShareUnits = 16;
-constexpr int64_t kWorkToMeasure = 1 << 26;  // a thread's multiplications that tell how fast it is
-constexpr int64_t kChunkBytes = 2 << 20;     // gx computed ahead of the steps
-constexpr int64_t kChunkRows = 256;          // at least: a product of a few rows reads all panels for them
+constexpr int64_t kWorkToMeasure = 1 << 26;       // a thread's multiplications that tell how fast it is
+constexpr int64_t kWorkToMeasureInAmx = 1 << 29;  // takes about as long
+constexpr int64_t kBytesToFold = 1 << 20;         // of weights, which W_ih joins at each step of so many rows
+constexpr int64_t kChunkBytes = 2 << 20;          // gx computed ahead of the steps
+constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
 // Where as small a W_ih leaves a core's own cache room for it, of one thread: threads meet after every chunk.
 constexpr int64_t kChunkBytesNear = 1 << 19;
 constexpr int64_t kBackwardChunkBytes = 4 << 20;  // dg kept for the weight gradients
@@ -246,11 +248,13 @@ void run_plan(int threads, const Schedule& schedule, Range steps, int directions
 }
 
 // Steps after which it pays to look at how the rows are shared; all, where they are not.
-inline int64_t steps_to_measure(int threads, const Schedule& schedule, int directions, const Work& work) {
+template <class T>
+int64_t steps_to_measure(int threads, const Schedule& schedule, int directions, const Work& work) {
   const Plan plan = make_plan(threads, directions, schedule.batch, work);
   const int64_t of_a_step = work.weights * schedule.batch / plan.row_groups;
   if (plan.row_groups == 1 || of_a_step <= 0) return schedule.steps > 0 ? schedule.steps : 1;
-  return (kWorkToMeasure + of_a_step - 1) / of_a_step;
+  const int64_t enough = kInAmx<T> ? kWorkToMeasureInAmx : kWorkToMeasure;
+  return (enough + of_a_step - 1) / of_a_step;
 }
 
 // Steps whose GEMM runs together: enough rows for it to run at speed, few enough for the memory it may take.

@@ -69,10 +69,12 @@ class ForwardDirection {
     if (Cell::kept > 0) kept_ = p.kept[d_];
     in_kept_ = kSameType && kept_ && !ready;
     const PackedDirection<Cell, T> at(p);
+    const T* const ready_w_ih = ready ? ready + at.w_ih : nullptr;
     hidden_.prepare(w_.w_hh, hout_, H_, hout_, packed_, ready);
-    if (!packed_) input_.prepare(w_.w_ih, p.input_size, H_, p.input_size, false);
+    folded_ = packed_ && folds(p);
+    if (!packed_ || folded_) input_.prepare(w_.w_ih, p.input_size, H_, p.input_size, packed_, ready_w_ih);
     if (p.proj_size) projection_.prepare(w_.w_hr, H_, hout_, H_, packed_, ready ? ready + at.w_hr : nullptr);
-    panels_w_ih_ = ready ? ready + at.w_ih : nullptr;
+    panels_w_ih_ = ready_w_ih;
     if (Cell::cell_state) {
       if constexpr (kSameType) c_ = p.c_n ? p.c_n + d_ * B * H_ : nullptr;
       if (!c_) c_ = c_memory_.allocate(B * H_);
@@ -95,14 +97,30 @@ class ForwardDirection {
   }
 
   Work work() const {
-    const int64_t weights = Cell::gates * H_ * (hout_ + (packed_ ? 0 : p_->input_size));
+    const int64_t weights = Cell::gates * H_ * (hout_ + (packed_ && !folded_ ? 0 : p_->input_size));
     return {weights, hidden_.parts(p_->schedule.batch), !packed_, kWeightsToStream};
   }
-  int64_t panels() const { return hidden_.panels() + projection_.panels(); }
-  void pack(int64_t i) { i < hidden_.panels() ? hidden_.pack(i) : projection_.pack(i - hidden_.panels()); }
+  int64_t panels() const { return hidden_.panels() + projection_.panels() + (folded_ ? input_.panels() : 0); }
+  void pack(int64_t i) {
+    if (i < hidden_.panels()) return hidden_.pack(i);
+    i -= hidden_.panels();
+    i < projection_.panels() ? projection_.pack(i) : input_.pack(i - projection_.panels());
+  }
+
+  // Whether gx is computed at each step, a panel's while its gates are due, and lies nowhere: AMX is done so soon that
+  // writing and reading it counts. Where both weights stay in a core's own cache, and rows make up for reading W_ih as
+  // often.
+  static bool folds(const RnnForward<T>& p) {
+    if constexpr (!kInAmx<T>) return false;
+    const int64_t weights = gx_numbers(p.hidden_size) * (p.out_size() + p.input_size);
+    return p.input_size <= kGemmK && weights * static_cast<int64_t>(sizeof(T)) <= kBytesToFold &&
+           p.schedule.batch >= kRowBlock && p.schedule.batch / p.threads >= kRowBlock / 2;
+  }
+  bool folded() const { return folded_; }
 
   // gx comes in chunks, of so many rows at most.
   void reserve_gx(int64_t chunk_rows, int64_t chunks) {
+    if (folded_) return;
     if (!gx_elsewhere()) gx_memory_.allocate(chunk_rows * gx_numbers(H_));
     if (!packed_ || chunks <= 1 || panels_w_ih_) return;
     const auto pack_for_all = [&](auto gates, int64_t n) {
@@ -118,6 +136,7 @@ class ForwardDirection {
   static int64_t gx_numbers(int64_t hidden_size) { return Hidden::blocks(hidden_size) * Hidden::width; }
   // gx of steps [s0, s1), without the bias.
   void project_input(int64_t s0, int64_t s1) {
+    if (folded_) return;
     const Range rows = walk_.packed_rows(s0, s1);
     const int64_t count = rows.end - rows.begin, I = p_->input_size;
     const Matrix<T> x = rows_of(p_->x + rows.begin * I, I);
@@ -221,9 +240,24 @@ class ForwardDirection {
     const KPiece k[1] = {{0, zero_state ? 0 : hout_}};
     for (int64_t r0 = piece.rows.begin; r0 < piece.rows.end; r0 += kRowBlock) {
       const int64_t rows = piece.rows.end - r0 < kRowBlock ? piece.rows.end - r0 : kRowBlock;
+#if FASTSEQ_AMX
+      if constexpr (kInAmx<T>) {
+        if (folded_) {
+          const int64_t I = p_->input_size;
+          hidden_.for_each_amx_block(
+              zero_state ? nullptr : h_prev + r0 * ldh, ldh, input_, p_->x + (n0 + r0) * I, I, rows, units, t % 2 == 1,
+              [&](int64_t first, int vectors, const A* sums, A* sums_x, int64_t ld_sums) {
+                const Gx gx{sums_x - (n0 + r0) * ld_sums - Hidden::place_of_vector(first), ld_sums, Hidden::width,
+                            Hidden::units};
+                update(n0, r0, rows, first, vectors, gx, sums, ld_sums, h_prev, ldh);
+              });
+          continue;
+        }
+      }
+#endif
       hidden_.for_each_block(h_prev + r0 * ldh, ldh, rows, k, 1, units, t % 2 == 1,
                              [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
-                               update(n0, r0, rows, first, vectors, sums, ld_sums, h_prev, ldh);
+                               update(n0, r0, rows, first, vectors, gx_, sums, ld_sums, h_prev, ldh);
                              });
     }
   }
@@ -231,20 +265,30 @@ class ForwardDirection {
   // A vector of units of a row.
   struct Place {
     int64_t n, r, j;  // packed row, row, first unit
-    const A* gh;      // without bias, gates Hidden::units apart
+    const A* gx;      // without bias
+    int64_t gate;     // numbers between the gates of gx
+    const A* gh;      // the same, gates Hidden::units apart
     const T* h_prev;
     int64_t valid;
   };
   // Some vectors at a time, of as many rows as that takes. Whole vectors get code of their own, in which `valid` is a
   // constant and no access asks how many lanes there are.
-  void update(int64_t n0, int64_t r0, int64_t rows, int64_t first, int vectors, const A* sums, int64_t ld_sums,
-              const T* h_prev, int64_t ldh) {
+  void update(int64_t n0, int64_t r0, int64_t rows, int64_t first, int vectors, const Gx& gx, const A* sums,
+              int64_t ld_sums, const T* h_prev, int64_t ldh) {
     const bool whole = (first + vectors) * V::size <= H_;
     int64_t i = 0;
     int u = 0;
     const auto next = [&]() __attribute__((always_inline)) {
       const int64_t r = r0 + i, j = (first + u) * V::size;
-      const Place place{n0 + r, r, j, sums + i * ld_sums + Hidden::place_of_vector(u), h_prev + r * ldh, H_ - j};
+      const Place place{
+          n0 + r,
+          r,
+          j,
+          gx.at(n0 + r, first + u),
+          gx.gate,
+          sums + i * ld_sums + Hidden::place_of_vector(u),
+          h_prev + r * ldh,
+          H_ - j};
       if (++u == vectors) u = 0, ++i;
       return place;
     };
@@ -274,10 +318,9 @@ class ForwardDirection {
     for (int i = 0; i < N; ++i) {
       const Place& at = places[i];
       const int64_t valid = whole ? V::size : at.valid;
-      const A* gx = gx_.at(at.n, at.j / V::size);
 #pragma GCC unroll 4
       for (int g = 0; g < Cell::gates; ++g) {
-        x[g].part[i] = V::load(gx + g * gx_.gate, valid) + V::load(b_ih_ + g * H_ + at.j, valid);
+        x[g].part[i] = V::load(at.gx + g * at.gate, valid) + V::load(b_ih_ + g * H_ + at.j, valid);
         h[g].part[i] = V::load(at.gh + g * Hidden::units, valid) + V::load(b_hh_ + g * H_ + at.j, valid);
       }
       if constexpr (Cell::cell_state) c.part[i] = V::load(c_ + at.r * H_ + at.j, valid);
@@ -325,7 +368,7 @@ class ForwardDirection {
   Walk walk_{};
   DirectionWeights<T> w_;
   int64_t H_ = 0, hout_ = 0, ldo_ = 0;
-  bool packed_ = false, in_kept_ = false;
+  bool packed_ = false, folded_ = false, in_kept_ = false;
   typename PackedDirection<Cell, T>::Hidden hidden_, input_;
   typename PackedDirection<Cell, T>::Projection projection_;
   Workspace<T> zeros_, emitted_, w_ih_memory_;
@@ -348,8 +391,11 @@ void rnn_forward(const RnnForward<T>& p) {
 
     const int64_t gx_numbers = ForwardDirection<Cell, T>::gx_numbers(p.hidden_size);
     const bool near = p.threads == 1 && gx_numbers * p.input_size * static_cast<int64_t>(sizeof(T)) <= kChunkBytesNear;
-    const int64_t chunk = steps_per_chunk(p.schedule, gx_numbers * sizeof(Compute<T>),
-                                          near ? kChunkBytesNear : kChunkBytes, near ? kGemmRows : kChunkRows);
+    const int64_t chunk =
+        directions[0].folded()
+            ? steps_to_measure<T>(p.threads, p.schedule, p.directions, directions[0].work())
+            : steps_per_chunk(p.schedule, gx_numbers * sizeof(Compute<T>), near ? kChunkBytesNear : kChunkBytes,
+                              near ? kGemmRows : kChunkRows);
     for (int d = 0; d < p.directions; ++d)
       directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch, (T_ + chunk - 1) / chunk);
     RowShares shares[2];

@@ -121,33 +121,25 @@ class StepWeights {
 
  private:
 #if FASTSEQ_AMX
-  template <class Use>
-  void for_each_amx_block(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, Range mine,
-                          bool backwards, const Use& use) const {
-    constexpr int64_t UV = Shape::unit_vectors;
-    const int64_t terms = amx_terms(amx_columns(pieces, pieces_n)), numbers = amx_gathered_numbers(rows, terms);
-    alignas(64) T few[kAmxNumbers];
-    Workspace<T> memory;
-    T* const gathered = numbers > kAmxNumbers ? memory.allocate(numbers) : few;
-    amx_gather(a, lda, rows, pieces, pieces_n, gathered);
-    const AmxLeft left = AmxLeft::gathered(gathered, amx_block_rows(rows), terms);
-    Amx::configure(amx_block_rows(rows));
-    alignas(64) float sums[kRowBlock * Shape::width];
-    const Range blocks{mine.begin / UV, (mine.end + UV - 1) / UV};
-    const int64_t all = blocks.end - blocks.begin;
-    const bool far = all * Shape::panel_numbers(k_) * static_cast<int64_t>(sizeof(T)) >= kAmxBytesFar;
-    for (int64_t n = 0; n < all; ++n) {
-      const int64_t j = backwards ? blocks.end - 1 - n : blocks.begin + n;
-      const int64_t begin = j * UV > mine.begin ? j * UV : mine.begin;
-      const int64_t count = ((j + 1) * UV < mine.end ? (j + 1) * UV : mine.end) - begin;
-      const T* const panel = panel_of(j).data + (begin - j * UV) * kAmxTerms;
-      const T* const next = far && n + 1 < all ? panel_of(backwards ? j - 1 : j + 1).data : nullptr;
+  // Rows of a left side as AMX takes them.
+  class AmxRows {
+   public:
+    AmxRows(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n)
+        : rows_(rows), terms_(amx_terms(amx_columns(pieces, pieces_n))) {
+      const int64_t numbers = amx_gathered_numbers(rows, terms_);
+      T* const gathered = numbers > kAmxNumbers ? memory_.allocate(numbers) : few_;
+      amx_gather(a, lda, rows, pieces, pieces_n, gathered);
+      left_ = AmxLeft::gathered(gathered, amx_block_rows(rows), terms_);
+      Amx::configure(amx_block_rows(rows));
+    }
+    // Their products with `count` vectors of a panel; `next` is asked for meanwhile.
+    void multiply(const T* panel, int64_t count, const T* next, float* sums) const {
       const auto product = [&](auto part) __attribute__((always_inline)) {
         constexpr int vectors = decltype(part)::value;
         if (next) {
-          amx_product<vectors, true>(left, rows, terms, panel, Shape::step, sums, Shape::width, false, next);
+          amx_product<vectors, true>(left_, rows_, terms_, panel, Shape::step, sums, Shape::width, false, next);
         } else {
-          amx_product<vectors, false>(left, rows, terms, panel, Shape::step, sums, Shape::width, false);
+          amx_product<vectors, false>(left_, rows_, terms_, panel, Shape::step, sums, Shape::width, false);
         }
       };
       if constexpr (Gates == 1) {
@@ -155,9 +147,59 @@ class StepWeights {
       } else {
         product(Part<Shape::vectors>{});
       }
-      use(begin, static_cast<int>(count), sums, Shape::width);
+    }
+
+   private:
+    int64_t rows_, terms_;
+    AmxLeft left_;
+    Workspace<T> memory_;
+    alignas(64) T few_[kAmxNumbers];
+  };
+
+  // For each panel, or part of one, of some vectors: use(panel, vectors before it, first vector, vectors, next panel).
+  template <class Use>
+  static FASTSEQ_INLINE void for_each_part(Range mine, bool backwards, const Use& use) {
+    constexpr int64_t UV = Shape::unit_vectors;
+    const Range blocks{mine.begin / UV, (mine.end + UV - 1) / UV};
+    for (int64_t n = blocks.begin; n < blocks.end; ++n) {
+      const int64_t j = backwards ? blocks.end - 1 - (n - blocks.begin) : n;
+      const int64_t begin = j * UV > mine.begin ? j * UV : mine.begin;
+      const int64_t count = ((j + 1) * UV < mine.end ? (j + 1) * UV : mine.end) - begin;
+      use(j, begin - j * UV, begin, count, n + 1 == blocks.end ? -1 : backwards ? j - 1 : j + 1);
     }
   }
+
+  template <class Use>
+  void for_each_amx_block(const T* a, int64_t lda, int64_t rows, const KPiece* pieces, int pieces_n, Range mine,
+                          bool backwards, const Use& use) const {
+    const AmxRows left(a, lda, rows, pieces, pieces_n);
+    alignas(64) float sums[kRowBlock * Shape::width];
+    const int64_t panels = (mine.end - mine.begin + Shape::unit_vectors - 1) / Shape::unit_vectors;
+    const bool far = panels * Shape::panel_numbers(k_) * static_cast<int64_t>(sizeof(T)) >= kAmxBytesFar;
+    for_each_part(mine, backwards, [&](int64_t j, int64_t skipped, int64_t first, int64_t count, int64_t next) {
+      left.multiply(
+          panel_of(j).data + skipped * kAmxTerms, count, far && next >= 0 ? panel_of(next).data : nullptr, sums);
+      use(first, static_cast<int>(count), sums, Shape::width);
+    });
+  }
+
+ public:
+  // Two products at a time, of weights that lie alike: use(first vector, vectors, sums, the other's sums, numbers
+  // between two rows' sums).
+  template <class Use>
+  void for_each_amx_block(const T* a, int64_t lda, const StepWeights& other, const T* other_a, int64_t other_lda,
+                          int64_t rows, Range mine, bool backwards, const Use& use) const {
+    const KPiece k[1] = {{0, a ? k_ : 0}}, other_k[1] = {{0, other.k_}};
+    const AmxRows left(a, lda, rows, k, 1), other_left(other_a, other_lda, rows, other_k, 1);
+    alignas(64) float sums[kRowBlock * Shape::width], other_sums[kRowBlock * Shape::width];
+    for_each_part(mine, backwards, [&](int64_t j, int64_t skipped, int64_t first, int64_t count, int64_t) {
+      left.multiply(panel_of(j).data + skipped * kAmxTerms, count, nullptr, sums);
+      other_left.multiply(other.panel_of(j).data + skipped * kAmxTerms, count, nullptr, other_sums);
+      use(first, static_cast<int>(count), sums, other_sums, Shape::width);
+    });
+  }
+
+ private:
 #endif
   struct Panel {
     const T* data;
