@@ -14,7 +14,7 @@ constexpr int64_t kWeightsToStreamBackward = 1 << 20;  // a thread then reads th
 constexpr int64_t kRowsToShareUnits = 16;
 constexpr int64_t kWorkToMeasure = 1 << 26;       // a thread's multiplications that tell how fast it is
 constexpr int64_t kWorkToMeasureInAmx = 1 << 29;  // takes about as long
-constexpr int64_t kBytesToFold = 1 << 20;         // of weights, which W_ih joins at each step of so many rows
+constexpr int64_t kBytesToFold = 1 << 20;         // of W_ih and W_hh, of which each step then reads both
 constexpr int64_t kChunkBytes = 2 << 20;          // gx computed ahead of the steps
 constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
 // Where as small a W_ih leaves a core's own cache room for it, of one thread: threads meet after every chunk.
