@@ -45,10 +45,11 @@ fastseq_translate(fastseq_cuda_ptx_probes_tests ${fastseq_ptx}/probes.cu ".*")
 fastseq_translate(fastseq_cuda_ptx_rnn_tests csrc/cuda/gemm.cu ".*")
 fastseq_translate(fastseq_cuda_ptx_rnn_tests csrc/cuda/rnn_forward.cu ${two_cells} "copy_kernel")
 fastseq_translate(fastseq_cuda_ptx_rnn_tests csrc/cuda/rnn_backward.cu ${two_cells} "add_kernel" "column_sums_kernel")
-fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_forward.cu "attention_forward_simt<float,"
-                  "attention_forward_tiles<bfloat16, (64|128), false," "attention_forward_tiles<float16, 64, false,")
-fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_few.cu "merge_splits<(float|b?float16)>"
-                  "attention_forward_simt<float," "attention_forward_tiles<bfloat16, (64, false|128, true),")
-fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_backward.cu "attention_delta<(float|b?float16)>"
-                  "attention_.*_gradients_simt<float>" "attention_.*_gradients<b?float16, 64, false>"
-                  "attention_.*_gradients<bfloat16, 128,")
+fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_forward.cu "attention_forward_simt<double,"
+                  "attention_forward_tiles<(bfloat16|float), (64|128), false,"
+                  "attention_forward_tiles<float16, 64, false,")
+fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_few.cu "merge_splits<"
+                  "attention_forward_simt<double," "attention_forward_tiles<(bfloat16|float), (64, false|128, true),")
+fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_backward.cu "attention_delta<"
+                  "attention_.*_gradients_simt<double>" "attention_.*_gradients<(b?float16|float), 64, false>"
+                  "attention_.*_gradients<(bfloat16|float), 128,")

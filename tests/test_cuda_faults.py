@@ -29,6 +29,7 @@ class Fault(NamedTuple):
 
 RNN, LSTM = ("rnn", "--quick", "rnn_tanh"), ("rnn", "--quick", "lstm")
 RNN_ONCE, ATTENTION_ONCE = ("rnn", "--races", "rnn_tanh"), ("attention", "--races", "bfloat16")
+FLOAT_ATTENTION_ONCE = ("attention", "--races", "float32")
 HALF_ATTENTION, FLOAT_ATTENTION = ("attention", "--quick", "bfloat16"), ("attention", "--quick", "float32")
 
 QUICK = {
@@ -144,26 +145,49 @@ OTHERS = {
         "probabilities(std::true_type{});",
         HALF_ATTENTION,
     ),
+    "attention, backward: the one tile of queries is overwritten while others read it": Fault(
+        "attention_backward.cuh",
+        "if (kStages == 1 && next_n < end_head) { __syncthreads();",
+        "if (kStages == 1 && next_n < end_head) {",
+        FLOAT_ATTENTION_ONCE,
+        "threads",
+    ),
+    "attention, backward: the one tile of keys is overwritten while others read it": Fault(
+        "attention_backward.cuh",
+        "if (kStages == 1 && j0 + kKeys < end) { __syncthreads();",
+        "if (kStages == 1 && j0 + kKeys < end) {",
+        FLOAT_ATTENTION_ONCE,
+        "threads",
+    ),
     "attention of few queries: factors are read before they are there": Fault(
         "attention_few.cu", "- shift); __syncthreads();", "- shift);", HALF_ATTENTION
     ),
     "attention: two right sides change places": Fault(
         "attention_tiles.cuh",
-        "mma<T>(first, left, right0); mma<T>(second, left, right1);",
-        "mma<T>(first, left, right1); mma<T>(second, left, right0);",
+        "{rights.parts[right][2 * i], rights.parts[right][2 * i + 1]}",
+        "{rights.parts[right][2 - 2 * i], rights.parts[right][3 - 2 * i]}",
         HALF_ATTENTION,
+    ),
+    "attention of floats: what is left of the right sides is not multiplied": Fault(
+        "attention_tiles.cuh", "add(smaller, 1, 0), add(smaller, 0, 1);", "add(smaller, 1, 0);", FLOAT_ATTENTION
+    ),
+    "attention of floats: terms in another order than probabilities": Fault(
+        "attention_tiles.cuh",
+        "words[e] = left[m][k][e % 2 * 2 + e / 2];",
+        "words[e] = left[m][k][e];",
+        FLOAT_ATTENTION,
     ),
     "attention: one row too many of a tile": Fault(
         "attention_tiles.cuh",
-        "row < rows && valid > 0; load_chunk(tile + tile_at<kSize>(row, mine.chunk), there ? at",
-        "row <= rows && valid > 0; load_chunk(tile + tile_at<kSize>(row, mine.chunk), there ? at",
+        "row < rows && valid > 0; load_chunk(tile + tile_at<kSize, T>(row, mine.chunk), there ? at",
+        "row <= rows && valid > 0; load_chunk(tile + tile_at<kSize, T>(row, mine.chunk), there ? at",
         ATTENTION_ONCE,
         "addresses",
     ),
     "attention, forward: too little shared memory": Fault(
         "attention_forward.cuh",
-        "2 * (kRows + kStages * 2 * kKeys) * kSize;",
-        "2 * (kRows + kStages * 2 * kKeys) * kSize - 16;",
+        "(kRows + kStages * 2 * kKeys) * kBytes;",
+        "(kRows + kStages * 2 * kKeys) * kBytes - 16;",
         ATTENTION_ONCE,
         "addresses",
     ),
@@ -171,7 +195,7 @@ OTHERS = {
         "attention_simt.cuh",
         "__syncthreads(); load_terms<T>(factors, left_rows",
         "load_terms<T>(factors, left_rows",
-        ("attention", "--races", "float32"),
+        FLOAT_ATTENTION_ONCE,
         "threads",
     ),
 }

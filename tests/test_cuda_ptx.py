@@ -86,7 +86,7 @@ def test_rnn_kernels_are_right(programs):
 
 @pytest.mark.slow
 def test_attention_kernels_are_right(programs):
-    types = ("bfloat16", "float16", "float32")
+    types = ("bfloat16", "float16", "float32", "float64")
     output = run_all(*(("attention", "--quick", of_type) for of_type in types))
     from_ptx = launches(output, "PTX")
     assert {name.partition("<")[0] for name in from_ptx} == {
@@ -102,7 +102,8 @@ def test_attention_kernels_are_right(programs):
     assert [name for name, times in from_ptx.items() if times == 0] == []
     # What nobody has translated, to save time: these tiles.
     tiles = (
-        r"(attention_forward_tiles|attention_(key|query)_gradients)<(b?float16, 256|float16, (128|64, false, true))\b"
+        r"(attention_forward_tiles|attention_(key|query)_gradients)"
+        r"<((b?float16|float), 256|float16, (128|64, false, true))\b|attention_(key|query)_gradients_simt<float>"
     )
     assert [name for name in launches(output, "source") if not re.match(tiles, name)] == []
 

@@ -17,7 +17,7 @@ cudaError_t attention_backward(const AttentionBackward<T, Computed<T>>& p, const
   if (p.batch * p.heads == 0) return cudaSuccess;
   const auto delta = static_cast<Computed<T>*>(call.workspace);
   if (const cudaError_t error = launch_delta(p, delta, call.stream); error != cudaSuccess) return error;
-  if constexpr (kHalf<T>) {
+  if constexpr (kOnTensorCores<T>) {
     if (on_tensor_cores(p)) return launch_backward_tiles(p, delta, call.stream);
   }
   return launch_backward_simt(p, delta, call.stream);

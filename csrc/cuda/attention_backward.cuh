@@ -1,4 +1,4 @@
-// Attention, backward, of 16-bit numbers on tensor cores (the formulas: cpu/attention_backward.h).
+// Attention, backward, on tensor cores (the formulas: cpu/attention_backward.h).
 //
 // Two kernels, each with the probabilities once more from lse: a block of one owns keys and their dK and dV, and the
 // queries of all heads that read them go by; a block of the other owns queries and their dQ, and keys go by. Nobody
@@ -38,19 +38,28 @@ __device__ float score_gradient(const Scores<T>& scores, float told, bool all_se
   }
 }
 
-// How far loops over rows are unrolled where registers have room (heads of 128, of which the second product of dQ has
-// not); make cuda-budget tells.
-constexpr int kUnroll = 8;
+// How far loops over rows are unrolled where registers have room (16-bit heads of 128, of which the second product of
+// dQ has not); make cuda-budget tells.
+template <class T>
+constexpr int kUnroll = kHalf<T> ? 8 : 4;
 
 // A warp has dK and dV of its keys. Where registers hold no more than one of them, pairs of warps have keys: the first
 // has dV and hands on to the second, which has dK, what dS is made of besides dP.
-template <int kSize, bool kOptions>
+template <class T, int kSize, bool kOptions>
 struct KeyGradientShape {
   static constexpr bool kPairs = kSize > 128;
-  static constexpr int kTiles = kSize > 64 || kOptions ? 1 : 2;
+  static constexpr int kTiles = kSize > 64 || kOptions || !kHalf<T> ? 1 : 2;
   static constexpr int kKeys = kTileWarps / (kPairs ? 2 : 1) * kTiles * 16;
-  static constexpr int kQueries = kSize > 128 ? 16 : kSize > 64 && !kOptions ? 64 : 32;
-  static constexpr std::size_t kTileBytes = 2 * (2 * kKeys + 4 * kQueries) * kSize;
+  static constexpr int kQueries =
+      kHalf<T> ? (kSize > 128               ? 16
+                  : kSize > 64 && !kOptions ? 64
+                                            : 32)
+               : (kSize > 64 ? 16
+                  : kOptions ? 32
+                             : 64);
+  static constexpr int kStages = sizeof(T) * kSize > 512 ? 1 : 2;  // of queries: what shared memory has room for
+  static constexpr int kAtOnce = kSize == 128 && !kOptions ? 2 : 4;  // of multiply_add, found as kUnroll
+  static constexpr std::size_t kTileBytes = sizeof(T) * (2 * kKeys + kStages * 2 * kQueries) * kSize;
   static constexpr std::size_t kHandedOn = kPairs ? kKeys * kQueries : 0;
   static constexpr std::size_t kShared = kTileBytes + (4 * kQueries + kHandedOn) * sizeof(float);
 };
@@ -58,9 +67,10 @@ struct KeyGradientShape {
 template <class T, int kSize, bool kOptions>
 __global__ void __launch_bounds__(kTileThreads, 2)
     attention_key_gradients(const AttentionBackward<T, float> all, const float* deltas, int64_t tiles) {
-  using Shape = KeyGradientShape<kSize, kOptions>;
+  using Shape = KeyGradientShape<T, kSize, kOptions>;
   constexpr int kTiles = Shape::kTiles, kKeys = Shape::kKeys, kQueries = Shape::kQueries, kGroups = kQueries / 8;
   constexpr bool kPairs = Shape::kPairs;
+  constexpr int kStages = Shape::kStages;
   FASTSEQ_SHARED(memory);
   T *const keys = reinterpret_cast<T*>(memory), *const values = keys + kKeys * kSize;
   T* const stages = values + kKeys * kSize;
@@ -124,13 +134,13 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   } else {
     n = end_head;
   }
-  for (int stage = 0; n < end_head; stage ^= 1) {
+  for (int stage = 0; n < end_head; stage ^= kStages - 1) {
     cp_async_wait<0>();
     __syncthreads();
     const bool last_of_head = i0 + kQueries >= end;
     const int next_n = last_of_head ? n + 1 : n, next_i0 = last_of_head ? first : i0 + kQueries;
     // Everybody is through with the tiles before these.
-    if (next_n < end_head) load_queries(next_n, next_i0, stage ^ 1);
+    if (kStages == 2 && next_n < end_head) load_queries(next_n, next_i0, stage ^ 1);
     const T *const queries = stages + stage * 2 * kQueries * kSize, *const d_out = queries + kQueries * kSize;
     const float *const shifts = row_numbers + stage * 2 * kQueries, *const delta = shifts + kQueries;
 
@@ -140,9 +150,9 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     if constexpr (kPairs) {
       Fragments<kTiles, kGroups> x;
       multiply_rows<kSize, T, kTiles, kGroups>(x, has_dv ? keys : values, warp_row, has_dv ? queries : d_out);
-      Lefts<kTiles, kGroups> left;
-      const auto round = [](uint32_t (&to)[2], const float (&from)[4]) {
-        to[0] = pack<T>(from[0], from[1]), to[1] = pack<T>(from[2], from[3]);
+      Lefts<T, kTiles, kGroups> left;
+      const auto keep = [](uint32_t (&to)[sizeof(T)], const float (&from)[4]) {
+        keep_left<T>(to, 0, from[0], from[1]), keep_left<T>(to, 1, from[2], from[3]);
       };
       const auto probabilities = [&](auto hidden) {
 #pragma unroll
@@ -157,7 +167,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
               const bool seen = !decltype(hidden)::value || sees(i, j);
               told.word[e] = as_word(probability<kOptions>(scores, x[m][g][e], seen, n, i, j, shifts[column]));
             }
-            round(left[m][g], x[m][g]);
+            keep(left[m][g], x[m][g]);
             handed_on[(m * kGroups + g) * kWarp] = told;
           }
       };
@@ -173,7 +183,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
               float& y = x[m][g][e];
               y = score_gradient<kOptions>(scores, as_float(told.word[e]), !decltype(hidden)::value, y, less);
             }
-            round(left[m][g], x[m][g]);
+            keep(left[m][g], x[m][g]);
           }
       };
       if (has_dv) all_seen ? probabilities(std::false_type{}) : probabilities(std::true_type{});
@@ -182,9 +192,9 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(sums[0], left, has_dv ? d_out : queries);
     } else {
       Fragments<kTiles, kGroups> s, d;
-      multiply_rows<kSize, T, kTiles, kGroups, kUnroll>(s, keys, warp_row, queries);
-      multiply_rows<kSize, T, kTiles, kGroups, kUnroll>(d, values, warp_row, d_out);
-      Lefts<kTiles, kGroups> probabilities, d_scores;
+      multiply_rows<kSize, T, kTiles, kGroups, kUnroll<T>>(s, keys, warp_row, queries);
+      multiply_rows<kSize, T, kTiles, kGroups, kUnroll<T>>(d, values, warp_row, d_out);
+      Lefts<T, kTiles, kGroups> probabilities, d_scores;
       const auto gradients = [&](auto hidden) {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
@@ -203,16 +213,20 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                 const float told = probability<kOptions>(scores, x[e], kAllSeen || sees(i, j), n, i, j, shift[e]);
                 y[e] = score_gradient<kOptions>(scores, told, kAllSeen, y[e], less[e]);
               }
-              probabilities[m][g][h] = pack<T>(x[0], x[1]), d_scores[m][g][h] = pack<T>(y[0], y[1]);
+              keep_left<T>(probabilities[m][g], h, x[0], x[1]), keep_left<T>(d_scores[m][g], h, y[0], y[1]);
             }
         }
       };
       if (all_seen) gradients(std::false_type{});
       else gradients(std::true_type{});
-      multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(sums[0], probabilities, d_out);
-      multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(sums[1], d_scores, queries);
+      multiply_add<kSize, T, kTiles, kGroups, kSize / 8, Shape::kAtOnce>(sums[0], probabilities, d_out);
+      multiply_add<kSize, T, kTiles, kGroups, kSize / 8, Shape::kAtOnce>(sums[1], d_scores, queries);
     }
-    keep_row_numbers(stage ^ 1);
+    if (kStages == 1 && next_n < end_head) {
+      __syncthreads();
+      load_queries(next_n, next_i0, stage);
+    }
+    keep_row_numbers(stage ^ (kStages - 1));
     n = next_n, i0 = next_i0;
   }
   const int there = static_cast<int>(all.ragged_keys.count(b, all.keys)) - j0;
@@ -229,18 +243,24 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     }
 }
 
-template <int kSize, bool kOptions>
+// Where shared memory has no room for rows of all warps, kShares of them have rows, each a share of the columns of dQ.
+// All of them compute dS.
+template <class T, int kSize, bool kOptions>
 struct QueryGradientShape {
-  static constexpr int kTiles = kSize > 128 || kOptions ? 1 : 2;
-  static constexpr int kRows = kTileWarps * kTiles * 16, kKeys = kSize > 128 ? 16 : kTiles == 2 ? 32 : 64;
-  static constexpr std::size_t kShared = 2 * (2 * kRows + 4 * kKeys) * kSize;
+  static constexpr int kBytes = kSize * static_cast<int>(sizeof(T));  // of a row
+  static constexpr int kTiles = kBytes > 256 || kOptions ? 1 : 2;
+  static constexpr int kShares = kBytes > 512 ? 2 : 1;
+  static constexpr int kRows = kTileWarps / kShares * kTiles * 16, kKeys = kBytes > 256 ? 16 : kTiles == 2 ? 32 : 64;
+  static constexpr int kStages = kBytes > 512 ? 1 : 2;
+  static constexpr std::size_t kShared = (2 * kRows + kStages * 2 * kKeys) * kBytes;
 };
 
 template <class T, int kSize, bool kOptions>
 __global__ void __launch_bounds__(kTileThreads, 2)
     attention_query_gradients(const AttentionBackward<T, float> all, const float* deltas, int64_t tiles) {
-  using Shape = QueryGradientShape<kSize, kOptions>;
+  using Shape = QueryGradientShape<T, kSize, kOptions>;
   constexpr int kTiles = Shape::kTiles, kRows = Shape::kRows, kKeys = Shape::kKeys, kGroups = kKeys / 8;
+  constexpr int kStages = Shape::kStages, kColumns = kSize / Shape::kShares;
   FASTSEQ_SHARED(memory);
   T *const queries = reinterpret_cast<T*>(memory), *const d_out = queries + kRows * kSize;
   T* const stages = d_out + kRows * kSize;
@@ -257,7 +277,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   const Sight sight(p);
   const int size = static_cast<int>(p.size), value_size = static_cast<int>(p.value_size);
   const FragmentPlace place;
-  const int warp_row = threadIdx.x / kWarp * kTiles * 16;
+  const int warp = threadIdx.x / kWarp, warp_row = warp / Shape::kShares * kTiles * 16;
+  const int column0 = warp % Shape::kShares * kColumns;
 
   const T *const k = p.k.at(kv_head, 0), *const v = p.v.at(kv_head, 0);
   const bool k_chunks = in_chunks(k, size, p.k.row), v_chunks = in_chunks(v, value_size, p.v.row);
@@ -269,8 +290,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     cp_async_commit();
   };
 
-  Fragments<kTiles, kSize / 8> dq;
-  clear<kTiles, kSize / 8>(dq);
+  Fragments<kTiles, kColumns / 8> dq;
+  clear<kTiles, kColumns / 8>(dq);
   float shift[kTiles][2], delta[kTiles][2];
 #pragma unroll
   for (int m = 0; m < kTiles; ++m)
@@ -289,17 +310,17 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     load_keys(first, 0);
   }
   int stage = 0;
-  for (int j0 = first; j0 < end; j0 += kKeys, stage ^= 1) {
+  for (int j0 = first; j0 < end; j0 += kKeys, stage ^= kStages - 1) {
     cp_async_wait<0>();
     __syncthreads();
     // Everybody is through with the tiles before these.
-    if (j0 + kKeys < end) load_keys(j0 + kKeys, stage ^ 1);
+    if (kStages == 2 && j0 + kKeys < end) load_keys(j0 + kKeys, stage ^ 1);
     const T *const keys = stages + stage * 2 * kKeys * kSize, *const values = keys + kKeys * kSize;
 
     Fragments<kTiles, kGroups> s, d;
-    multiply_rows<kSize, T, kTiles, kGroups, kUnroll>(s, queries, warp_row, keys);
+    multiply_rows<kSize, T, kTiles, kGroups, kUnroll<T>>(s, queries, warp_row, keys);
     multiply_rows<kSize, T, kTiles, kGroups>(d, d_out, warp_row, values);
-    Lefts<kTiles, kGroups> d_scores;
+    Lefts<T, kTiles, kGroups> d_scores;
     const auto gradients = [&](auto hidden) {
 #pragma unroll
       for (int m = 0; m < kTiles; ++m)
@@ -318,12 +339,16 @@ __global__ void __launch_bounds__(kTileThreads, 2)
               const float told = probability<kOptions>(scores, x[e], seen, n, i, j, shift[m][h]);
               y[e] = score_gradient<kOptions>(scores, told, kAllSeen, y[e], delta[m][h]);
             }
-            d_scores[m][g][h] = pack<T>(y[0], y[1]);
+            keep_left<T>(d_scores[m][g], h, y[0], y[1]);
           }
     };
     if (!kOptions && j0 + kKeys <= sight.keys && sight.all(i0, i0 + here, j0, j0 + kKeys)) gradients(std::false_type{});
     else gradients(std::true_type{});
-    multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(dq, d_scores, keys);
+    multiply_add<kSize, T, kTiles, kGroups, kColumns / 8>(dq, d_scores, keys, column0);
+    if (kStages == 1 && j0 + kKeys < end) {
+      __syncthreads();
+      load_keys(j0 + kKeys, stage);
+    }
   }
   const auto to = of_entry(all.dq, b, all.ragged_queries);
 #pragma unroll
@@ -331,7 +356,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row + 16 * m + 8 * h + place.row;
-      if (row < here) store_row(to.at(n, i0 + row), size, 0, dq[m], h, static_cast<float>(p.scale));
+      if (row < here) store_row(to.at(n, i0 + row), size, column0, dq[m], h, static_cast<float>(p.scale));
     }
 }
 
@@ -340,8 +365,8 @@ cudaError_t launch_backward_tiles(const AttentionBackward<T, float>& p, const fl
   return with_tiles(p, [&](auto padded, auto options) {
     constexpr int kSize = decltype(padded)::value;
     constexpr bool kOptions = decltype(options)::value;
-    using Keys = KeyGradientShape<kSize, kOptions>;
-    using Queries = QueryGradientShape<kSize, kOptions>;
+    using Keys = KeyGradientShape<T, kSize, kOptions>;
+    using Queries = QueryGradientShape<T, kSize, kOptions>;
     const int64_t key_tiles = blocks_of(p.keys, Keys::kKeys), query_tiles = blocks_of(p.queries, Queries::kRows);
     if (const cudaError_t error =
             launch_blocks(attention_key_gradients<T, kSize, kOptions>, p.batch * p.kv_heads * key_tiles, 1,

@@ -67,7 +67,7 @@ template <class T>
 cudaError_t attention_few(const AttentionForward<T, Computed<T>>& p, const Call& call) {
   const auto states = split_states(p, call.workspace);
   const auto splits = [&] {
-    if constexpr (kHalf<T>) {
+    if constexpr (kOnTensorCores<T>) {
       if (on_tensor_cores(p)) return launch_forward_tiles<true>(p, states, call.stream);
     }
     return launch_forward_simt<true>(p, states, call.stream);

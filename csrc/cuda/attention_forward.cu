@@ -18,7 +18,7 @@ cudaError_t attention_forward(const AttentionForward<T, Computed<T>>& p, const C
   if (any_few(p))
     if (const cudaError_t error = attention_few<T>(p, call); error != cudaSuccess) return error;
   if (p.queries <= kFewQueries) return cudaSuccess;
-  if constexpr (kHalf<T>) {
+  if constexpr (kOnTensorCores<T>) {
     if (on_tensor_cores(p)) return launch_forward_tiles<false>(p, SplitStates<float>{}, call.stream);
   }
   return launch_forward_simt<false>(p, SplitStates<Computed<T>>{}, call.stream);

@@ -1,4 +1,4 @@
-// Attention, forward, of 16-bit numbers on tensor cores: FlashAttention-2 (Dao, 2023).
+// Attention, forward, on tensor cores: FlashAttention-2 (Dao, 2023).
 //
 // A block keeps rows of queries; keys and values go by in tiles, of which the next is on its way by cp.async while this
 // one is multiplied. Scores, their exponentials and the sums of the output never leave registers.
@@ -13,28 +13,34 @@
 namespace fastseq::cuda {
 
 // A warp has kTiles times 16 rows: two where registers allow, since each part of K and V that it reads from shared
-// memory is then multiplied twice.
-template <int kSize, bool kOptions, bool kFew>
+// memory is then multiplied twice. A block's shared memory fits every GPU, which has 99 KB.
+template <class T, int kSize, bool kOptions, bool kFew>
 struct ForwardShape {
-  static constexpr int kTiles = kFew || kSize > (kOptions ? 64 : 128) ? 1 : 2;
-  static constexpr int kRows = kTileWarps * kTiles * 16, kKeys = kSize > 64 || kOptions || kFew ? 64 : 128;
-  static constexpr int kStages = kSize > 128 ? 1 : 2;
+  static constexpr int kBytes = kSize * static_cast<int>(sizeof(T));  // of a row
+  static constexpr int kTiles = kFew || kSize > 128 || (kOptions && (!kHalf<T> || kSize > 64)) ? 1 : 2;
+  static constexpr int kRows = kTileWarps * kTiles * 16;
+  static constexpr int kKeys =
+      kHalf<T> ? (kSize > 64 || kOptions || kFew ? 64 : 128)
+               : (kSize > 128                 ? 16
+                  : kSize > 64 || kTiles == 2 ? 32
+                                              : 64);
+  static constexpr int kStages = kSize > 128 || kRows* kBytes > (32 << 10) ? 1 : 2;
   // What keeps numbers in registers, found by trying; make cuda-budget tells. How far the loop over a row of queries is
   // unrolled, and whether scores are hidden before all else or row by row.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  static constexpr int kUnroll = kSize == 128 ? 5 : 4;
+  static constexpr int kUnroll = kSize == 128 ? 5 : kHalf<T> ? 4 : 2;
 #else
-  static constexpr int kUnroll = kSize == 128 ? 8 : 4;
+  static constexpr int kUnroll = kSize == 128 ? 8 : kHalf<T> ? 4 : 2;
 #endif
   static constexpr bool kHideFirst = kSize == 64;
-  static constexpr std::size_t kShared = 2 * (kRows + kStages * 2 * kKeys) * kSize;
+  static constexpr std::size_t kShared = (kRows + kStages * 2 * kKeys) * kBytes;
 };
 
 template <class T, int kSize, bool kOptions, bool kFew>
 __global__ void __launch_bounds__(kTileThreads, 2)
     attention_forward_tiles(const AttentionForward<T, float> all, const ForwardGrid grid,
                             const SplitStates<float> states) {
-  using Shape = ForwardShape<kSize, kOptions, kFew>;
+  using Shape = ForwardShape<T, kSize, kOptions, kFew>;
   constexpr int kTiles = Shape::kTiles, kRows = Shape::kRows, kKeys = Shape::kKeys, kGroups = kKeys / 8;
   constexpr int kStages = Shape::kStages;
   FASTSEQ_SHARED(memory);
@@ -165,13 +171,13 @@ __global__ void __launch_bounds__(kTileThreads, 2)
         }
       }
     }
-    Lefts<kTiles, kGroups> probabilities;
+    Lefts<T, kTiles, kGroups> probabilities;
 #pragma unroll
     for (int m = 0; m < kTiles; ++m)
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) probabilities[m][g][h] = pack<T>(s[m][g][2 * h], s[m][g][2 * h + 1]);
+        for (int h = 0; h < 2; ++h) keep_left<T>(probabilities[m][g], h, s[m][g][2 * h], s[m][g][2 * h + 1]);
     multiply_add<kSize, T, kTiles, kGroups, kSize / 8>(sums, probabilities, values);
   }
 
@@ -192,7 +198,7 @@ cudaError_t launch_forward_tiles(const AttentionForward<T, float>& p, const Spli
   return with_tiles(p, [&](auto padded, auto options) {
     constexpr int kSize = decltype(padded)::value;
     constexpr bool kOptions = decltype(options)::value;
-    using Shape = ForwardShape<kSize, kOptions, kFew>;
+    using Shape = ForwardShape<T, kSize, kOptions, kFew>;
     const ForwardGrid grid = forward_grid<kFew>(p, Shape::kRows);
     return launch_blocks(attention_forward_tiles<T, kSize, kOptions, kFew>, forward_blocks<kFew>(p, grid), 1,
                          kTileThreads, Shape::kShared, stream, p, grid, states);

@@ -167,12 +167,14 @@ cudaError_t launch_blocks(void (*kernel)(Parameters...), int64_t blocks, int64_t
   return launch(kernel, grid, dim3(threads), shared, stream, arguments...);
 }
 
-// The largest head of the kernels for tensor cores; CUDA cores take any.
+// The numbers that kernels for tensor cores take, and their largest head; CUDA cores take any.
+template <class T>
+constexpr bool kOnTensorCores = sizeof(T) <= sizeof(float);
 constexpr int64_t kMostSize = 256;
 
 template <class T, class A>
 bool on_tensor_cores(const Attention<T, A>& p) {
-  return kHalf<T> && p.size <= kMostSize && p.value_size <= kMostSize;
+  return p.size <= kMostSize && p.value_size <= kMostSize;
 }
 
 // use(padded size, options), both constants; without options scores are products times a positive number.

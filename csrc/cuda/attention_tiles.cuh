@@ -1,11 +1,12 @@
-// Tiles of 16-bit rows in shared memory, and their products on tensor cores. kSize is a head's size, padded with zeros.
+// Tiles of rows in shared memory, and their products on tensor cores. kSize is a head's size, padded with zeros.
 //
 // A tile's row is in chunks of 16 bytes. Chunk c of row r lies in place c ^ (r % 8): the 8 rows that ldmatrix reads at
 // once are then in 8 different groups of 4 banks.
 //
 // A result of 16 rows is in the registers of a warp as mma leaves it: with g = lane / 4, t = lane % 4, numbers 0 and 1
-// are of row g, 2 and 3 of row g + 8, columns 2t and 2t + 1. So packed they are what mma takes as its left side, which
-// is why probabilities never go through memory.
+// are of row g, 2 and 3 of row g + 8, columns 2t and 2t + 1. So packed they are what mma takes as its left side of
+// 16-bit numbers, and of floats, where it takes numbers t and t + 4 of 8 along K, they are that in another order, which
+// does not matter while the right side has the same. So probabilities never go through memory.
 #pragma once
 
 #include "attention_scores.cuh"
@@ -13,32 +14,39 @@
 namespace fastseq::cuda {
 
 constexpr int kTileWarps = 4, kTileThreads = kTileWarps * kWarp;
-constexpr int kChunk = 8;  // numbers
+template <class T>
+constexpr int kChunk = static_cast<int>(sizeof(Words4) / sizeof(T));  // numbers
+template <class T>
+constexpr int kDepth = 2 * kChunk<T>;  // of an mma, along K
 
-template <int kSize>
+template <int kSize, class T>
 __device__ int tile_at(int row, int chunk) {
-  return row * kSize + (chunk ^ (row % 8)) * kChunk;
+  return row * kSize + (chunk ^ (row % 8)) * kChunk<T>;
 }
 
 // Whether rows of `size` numbers can be read in chunks.
 template <class T>
 __device__ bool in_chunks(const T* data, int size, int64_t row, int64_t head = 0) {
-  return reinterpret_cast<uintptr_t>(data) % sizeof(Words4) == 0 && (row | head | size) % kChunk == 0;
+  return reinterpret_cast<uintptr_t>(data) % sizeof(Words4) == 0 && (row | head | size) % kChunk<T> == 0;
 }
 
 // A chunk of a row that is at `from`, of which `valid` numbers are there (none where that is not positive), the rest
 // zeros. It is there once the thread has waited for cp_async, and all threads have met.
 template <class T>
 __device__ void load_chunk(T* to, const T* from, int valid, bool chunks) {
-  if (valid <= 0 || (chunks && valid >= kChunk)) {
+  if (valid <= 0 || (chunks && valid >= kChunk<T>)) {
     cp_async(to, from, valid > 0);
     return;
   }
   Words4 words;
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    const uint32_t low = 2 * w < valid ? from[2 * w].bits : 0, high = 2 * w + 1 < valid ? from[2 * w + 1].bits : 0;
-    words.word[w] = low | high << 16;
+    if constexpr (kHalf<T>) {
+      const uint32_t low = 2 * w < valid ? from[2 * w].bits : 0, high = 2 * w + 1 < valid ? from[2 * w + 1].bits : 0;
+      words.word[w] = low | high << 16;
+    } else {
+      words.word[w] = w < valid ? as_word(from[w]) : 0;
+    }
   }
   *reinterpret_cast<Words4*>(to) = words;
 }
@@ -46,42 +54,43 @@ __device__ void load_chunk(T* to, const T* from, int valid, bool chunks) {
 // A tile of kRows rows from row0 on, of which the first `rows` are there, with `size` numbers each, and all else is
 // zeros. Rows are counted from the head's first: a thread's place in a tile, kept from tile to tile, would take
 // registers. Of tiles that are there, in chunks, nothing is asked about their parts.
-template <int kSize>
+template <int kSize, class T>
 struct TileLoad {
-  static constexpr int kChunks = kSize / kChunk, kStep = kTileThreads / kChunks;  // rows that all threads load at once
-  int row, chunk;                                                                 // the first of this thread
+  static constexpr int kChunks = kSize / kChunk<T>,
+                       kStep = kTileThreads / kChunks;  // rows that all threads load at once
+  int row, chunk;                                       // the first of this thread
   __device__ TileLoad() : row(threadIdx.x / kChunks), chunk(threadIdx.x % kChunks) {}
 };
 template <int kRows, int kSize, class T, class Row>
 __device__ void load_tile(T* tile, const T* head, int64_t stride, Row row0, int rows, int size, bool chunks) {
-  using Load = TileLoad<kSize>;
+  using Load = TileLoad<kSize, T>;
   static_assert(kRows % Load::kStep == 0, "each thread has as many chunks");
   const Load mine;
-  const int valid = size - mine.chunk * kChunk;
-  const T* at = head + (row0 + mine.row) * stride + mine.chunk * kChunk;
+  const int valid = size - mine.chunk * kChunk<T>;
+  const T* at = head + (row0 + mine.row) * stride + mine.chunk * kChunk<T>;
   if (chunks && rows >= kRows) {
 #pragma unroll
     for (int row = 0; row < kRows; row += Load::kStep, at += Load::kStep * stride)
-      cp_async(tile + tile_at<kSize>(mine.row + row, mine.chunk), at, valid > 0);
+      cp_async(tile + tile_at<kSize, T>(mine.row + row, mine.chunk), at, valid > 0);
     return;
   }
 #pragma unroll 1
   for (int row = mine.row; row < kRows; row += Load::kStep, at += Load::kStep * stride) {
     const bool there = row < rows && valid > 0;
-    load_chunk(tile + tile_at<kSize>(row, mine.chunk), there ? at : head, there ? valid : 0, chunks);
+    load_chunk(tile + tile_at<kSize, T>(row, mine.chunk), there ? at : head, there ? valid : 0, chunks);
   }
 }
 // The same, where row r is at row_at(r).
 template <int kRows, int kSize, class T, class RowAt>
 __device__ void load_tile_of(T* tile, const RowAt& row_at, int rows, int size, bool chunks) {
-  using Load = TileLoad<kSize>;
+  using Load = TileLoad<kSize, T>;
   const Load mine;
-  const int valid = size - mine.chunk * kChunk;
+  const int valid = size - mine.chunk * kChunk<T>;
 #pragma unroll 1
   for (int row = mine.row; row < kRows; row += Load::kStep) {
     const bool there = row < rows && valid > 0;
-    load_chunk(tile + tile_at<kSize>(row, mine.chunk), row_at(there ? row : 0) + (there ? mine.chunk * kChunk : 0),
-               there ? valid : 0, chunks);
+    load_chunk(tile + tile_at<kSize, T>(row, mine.chunk),
+               row_at(there ? row : 0) + (there ? mine.chunk * kChunk<T> : 0), there ? valid : 0, chunks);
   }
 }
 
@@ -90,11 +99,11 @@ __device__ void load_tile_of(T* tile, const RowAt& row_at, int rows, int size, b
 // tile, and all else is constants of those that read.
 template <int kSize, class T>
 __device__ SharedAddress lane_at(const T* tile, int row, int half, int k, int rows) {
-  return (shared_address(tile + tile_at<kSize>(row, half)) ^ (k % 4 * 2 * kChunk * sizeof(T))) +
-         (k / 4 * 8 * kChunk + rows * kSize) * sizeof(T);
+  return (shared_address(tile + tile_at<kSize, T>(row, half)) ^ (k % 4 * 2 * kChunk<T> * sizeof(T))) +
+         (k / 4 * 8 * kChunk<T> + rows * kSize) * sizeof(T);
 }
 
-// 16 rows from row0 on and columns [16 k, 16 k + 16), as a left side.
+// 16 rows from row0 on and columns [kDepth k, kDepth (k + 1)), as a left side.
 template <int kSize, class T>
 __device__ void load_left(uint32_t (&to)[4], const T* tile, int row0, int k) {
   const int lane = threadIdx.x % kWarp;
@@ -106,74 +115,151 @@ __device__ void load_right(uint32_t (&to)[4], const T* tile, int row0, int k) {
   const int lane = threadIdx.x % kWarp;
   ldmatrix(to, lane_at<kSize>(tile, lane / 16 * 8 + lane % 8, lane / 8 % 2, k, row0));
 }
-// Two right sides of which rows are the terms: columns [16 k, 16 k + 16).
+// Two right sides of which rows are the terms, kDepth from row0 on, a multiple of 8: columns [16 k, 16 k + 16). Floats
+// are in the order of results: terms 2t and 2t + 1 of column g. Each such row is in 8 banks of its own.
 template <int kSize, class T>
 __device__ void load_right_terms(uint32_t (&to)[4], const T* tile, int row0, int k) {
   const int lane = threadIdx.x % kWarp;
-  ldmatrix_transposed(to, lane_at<kSize>(tile, lane % 16, lane / 16, k, row0));
+  if constexpr (kHalf<T>) {
+    ldmatrix_transposed(to, lane_at<kSize>(tile, lane % 16, lane / 16, k, row0));
+  } else {
+    const int first = tile_at<kSize, T>(lane % 4 * 2, lane / 16) + lane / 4 % 4;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const int column = k % 2 * 16 + w / 2 * 8;  // and chunks of odd rows are those of even ones, by pairs in turn
+      to[w] = as_word(tile[((first + w % 2 * kSize) ^ (column + w % 2 * kChunk<T>)) + k / 2 * 32 + row0 * kSize]);
+    }
+  }
 }
 
 // Of kTiles times 16 rows and 8 kGroups columns.
 template <int kTiles, int kGroups>
 using Fragments = float[kTiles][kGroups][4];
 
-template <int kTiles, int kGroups>
-__device__ void clear(Fragments<kTiles, kGroups>& fragments) {
+template <int kTiles, int kGroups, class Use>
+__device__ void each(const Use& use) {
 #pragma unroll
   for (int m = 0; m < kTiles; ++m)
 #pragma unroll
     for (int n = 0; n < kGroups; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) fragments[m][n][e] = 0;
+      for (int e = 0; e < 4; ++e) use(m, n, e);
+}
+template <int kTiles, int kGroups>
+__device__ void clear(Fragments<kTiles, kGroups>& fragments) {
+  each<kTiles, kGroups>([&](int m, int n, int e) { fragments[m][n][e] = 0; });
 }
 
+// A left side, or two right sides; of floats in two parts, the larger first.
 template <class T>
-__device__ void multiply_pair(float (&first)[4], float (&second)[4], const uint32_t (&left)[4],
-                              const uint32_t (&rights)[4]) {
-  const uint32_t right0[2] = {rights[0], rights[1]}, right1[2] = {rights[2], rights[3]};
-  mma<T>(first, left, right0);
-  mma<T>(second, left, right1);
+struct Factors {
+  uint32_t parts[2][4];
+  __device__ void split(const uint32_t (&words)[4]) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) parts[0][w] = factor<T, !kHalf<T>>(words[w], parts[1][w]);
+  }
+};
+
+// Columns [8 n, 8 n + 16) of the sums; of floats those of the smaller products may be elsewhere.
+template <class T, int kTiles, int kGroups>
+__device__ void multiply_pair(Fragments<kTiles, kGroups>& sums, Fragments<kTiles, kGroups>& smaller, int n,
+                              const Factors<T> (&lefts)[kTiles], const Factors<T>& rights) {
+  const auto add = [&](Fragments<kTiles, kGroups>& to, int left, int right) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t side[2] = {rights.parts[right][2 * i], rights.parts[right][2 * i + 1]};
+        mma<T>(to[m][n + i], lefts[m].parts[left], side);
+      }
+  };
+  if constexpr (!kHalf<T>) add(smaller, 1, 0), add(smaller, 0, 1);
+  add(sums, 0, 0);
 }
+
+// Columns that are summed up at once, in groups of 8. Tensor cores cut sums off and do not round them: an error that
+// grows with what is added to a sum. So floats are added up in parts, which are rounded; registers hold so many.
+template <class T, int kTiles, int kGroups, int kMost = 4>
+constexpr int kAtOnce = kHalf<T> || kGroups * kTiles < kMost ? kGroups : kMost / kTiles;
 
 // products = rows of `left` from row0 on times all rows of `right`, transposed.
 template <int kSize, class T, int kTiles, int kGroups, int kUnroll = 4>
 __device__ void multiply_rows(Fragments<kTiles, kGroups>& products, const T* left, int row0, const T* right) {
-  clear<kTiles, kGroups>(products);
+  constexpr int kPart = kAtOnce<T, kTiles, kGroups>;
+#pragma unroll
+  for (int n0 = 0; n0 < kGroups; n0 += kPart) {
+    Fragments<kTiles, kPart> sums, smaller;
+    clear<kTiles, kPart>(sums);
+    clear<kTiles, kPart>(smaller);
 #pragma unroll kUnroll
-  for (int k = 0; k < kSize / 16; ++k) {
-    uint32_t lefts[kTiles][4];
+    for (int k = 0; k < kSize / kDepth<T>; ++k) {
+      uint32_t words[4];
+      Factors<T> lefts[kTiles], rights;
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) load_left<kSize>(lefts[m], left + row0 * kSize, 16 * m, k);
+      for (int m = 0; m < kTiles; ++m) {
+        load_left<kSize>(words, left + row0 * kSize, 16 * m, k);
+        lefts[m].split(words);
+      }
 #pragma unroll
-    for (int n = 0; n < kGroups; n += 2) {
-      uint32_t rights[4];
-      load_right<kSize>(rights, right, 8 * n, k);
-#pragma unroll
-      for (int m = 0; m < kTiles; ++m) multiply_pair<T>(products[m][n], products[m][n + 1], lefts[m], rights);
+      for (int n = 0; n < kPart; n += 2) {
+        load_right<kSize>(words, right, 8 * (n0 + n), k);
+        rights.split(words);
+        multiply_pair<T, kTiles, kPart>(sums, smaller, n, lefts, rights);
+      }
     }
+    each<kTiles, kPart>([&](int m, int n, int e) {
+      products[m][n0 + n][e] = kHalf<T> ? sums[m][n][e] : sums[m][n][e] + smaller[m][n][e];
+    });
   }
 }
 
-// Fragments rounded to 16 bits, which take half the registers: of columns 2t and 2t + 1 of rows g and g + 8.
-template <int kTiles, int kGroups>
-using Lefts = uint32_t[kTiles][kGroups][2];
+// Fragments of T: those of 16 bits, rounded, take half the registers, columns 2t and 2t + 1 of rows g and g + 8.
+template <class T, int kTiles, int kGroups>
+using Lefts = uint32_t[kTiles][kGroups][sizeof(T)];
 
-// sums += left times the rows of `right`.
-template <int kSize, class T, int kTiles, int kTerms, int kGroups>
-__device__ void multiply_add(Fragments<kTiles, kGroups>& sums, const Lefts<kTiles, kTerms>& left, const T* right) {
+// Of a row of a fragment, g or g + 8.
+template <class T>
+__device__ void keep_left(uint32_t (&to)[sizeof(T)], int half, float x, float y) {
+  if constexpr (kHalf<T>) to[half] = pack<T>(x, y);
+  else to[2 * half] = as_word(x), to[2 * half + 1] = as_word(y);
+}
+
+// sums += left times the rows of `right`, of their columns from column0 on.
+template <int kSize, class T, int kTiles, int kTerms, int kGroups, int kMost = 4>
+__device__ void multiply_add(Fragments<kTiles, kGroups>& sums, const Lefts<T, kTiles, kTerms>& left, const T* right,
+                             int column0 = 0) {
+  constexpr int kPart = kAtOnce<T, kTiles, kGroups, kMost>;
+  const auto add = [&](Fragments<kTiles, kPart>& to, int n0) {
 #pragma unroll
-  for (int k = 0; k < kTerms; k += 2) {
-    uint32_t lefts[kTiles][4];
+    for (int k = 0; k < kTerms; k += kDepth<T> / 8) {
+      uint32_t words[4];
+      Factors<T> lefts[kTiles], rights;
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m)
+      for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) lefts[m][e] = left[m][k + e / 2][e % 2];
+        for (int e = 0; e < 4; ++e) {
+          if constexpr (kHalf<T>) words[e] = left[m][k + e / 2][e % 2];
+          else words[e] = left[m][k][e % 2 * 2 + e / 2];
+        }
+        lefts[m].split(words);
+      }
 #pragma unroll
-    for (int n = 0; n < kGroups; n += 2) {
-      uint32_t rights[4];
-      load_right_terms<kSize>(rights, right, 8 * k, n / 2);
+      for (int n = 0; n < kPart; n += 2) {
+        load_right_terms<kSize>(words, right, 8 * k, column0 / 16 + (n0 + n) / 2);
+        rights.split(words);
+        multiply_pair<T, kTiles, kPart>(to, to, n, lefts, rights);
+      }
+    }
+  };
+  if constexpr (kHalf<T>) {
+    add(sums, 0);
+  } else {
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) multiply_pair<T>(sums[m][n], sums[m][n + 1], lefts[m], rights);
+    for (int n0 = 0; n0 < kGroups; n0 += kPart) {
+      Fragments<kTiles, kPart> part;
+      clear<kTiles, kPart>(part);
+      add(part, n0);
+      each<kTiles, kPart>([&](int m, int n, int e) { sums[m][n0 + n][e] += part[m][n][e]; });
     }
   }
 }

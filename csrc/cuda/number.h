@@ -14,6 +14,24 @@ namespace fastseq::cuda {
 template <class T>
 constexpr bool kHalf = sizeof(T) == 2;
 
+// A word of factors as tensor cores take it: of 16-bit numbers as it is. Of floats they multiply 11 bits, "tf32". Where
+// that is not enough, a float is the sum of two such numbers, of which the second goes to `rest`, and of the four
+// products the three larger are added up: an error as of float itself (Fasi et al., "Matrix multiplication in multiword
+// arithmetic", 2023). The first is rounded by hand, as cvt.rna.tf32 is four instructions for what is not finite: here
+// the rest is NaN then. The second is cut off by tensor cores: it has 12 bits and either sign.
+template <class T, bool kSplit>
+__device__ __forceinline__ uint32_t factor(uint32_t word, uint32_t& rest) {
+  if constexpr (kHalf<T>) {
+    return word;
+  } else if constexpr (kSplit) {
+    const uint32_t first = (word + 0x1000) & ~0x1fffu;
+    rest = as_word(as_float(word) - as_float(first));
+    return first;
+  } else {
+    return as_word(round_to_tf32(as_float(word)));
+  }
+}
+
 FASTSEQ_INLINE float load(const float& x) { return x; }
 FASTSEQ_INLINE double load(const double& x) { return x; }
 FASTSEQ_INLINE float load(const bfloat16& x) { return to_float(x); }

@@ -12,9 +12,7 @@
 // words that are not neighbours (of 16-bit numbers 2t, 2t + 1 and 2t + 8, 2t + 9 of 16): as the order along K does not
 // matter while both sides have the same, thread t takes its four words as those of two fragments.
 //
-// Tensor cores multiply floats rounded to 11 bits, "tf32". Where that is not enough, a float is the sum of two such
-// numbers, and of the four products the three larger are added up: an error as of float itself (Fasi et al., "Matrix
-// multiplication in multiword arithmetic", 2023).
+// Floats are split in two for tensor cores (number.h) unless TF32 is allowed.
 #pragma once
 
 #include "cells.cuh"
@@ -91,19 +89,6 @@ struct PersistentBackward {
   float *dh[2], *dc[2];  // (B, H): of the last step, and overwritten with those of the initial state
   T* dg[2];              // (N, grads*H)
 };
-
-// A word of factors as tensor cores take it: of 16-bit numbers as it is. Of a float what is left of it goes to `rest`,
-// if that is wanted.
-template <class T, bool kSplit>
-__device__ __forceinline__ uint32_t factor(uint32_t word, uint32_t& rest) {
-  if constexpr (sizeof(T) == 2) {
-    return word;
-  } else {
-    const float whole = as_float(word), first = round_to_tf32(whole);
-    if constexpr (kSplit) rest = as_word(round_to_tf32(whole - first));
-    return as_word(first);
-  }
-}
 
 // sums += left * weights of numbers [k, end) along K, of which `left` has `valid`; its rows are those from `first` on,
 // and from `rows` on there are none. The weights are those held, then those from `stored` on.

@@ -68,6 +68,8 @@ NAMED_CASES = [
         {"backward": 0, "batch": 8, "heads": 32, "kv_heads": 8, "queries": 1, "keys": 4096, "size": 128},
     ),
     Case("attention", "float32", {"backward": 0, "batch": 4, "heads": 16, "queries": 1024, "keys": 1024, "size": 64}),
+    Case("attention", "float32", {"backward": 1, "batch": 4, "heads": 16, "queries": 1024, "keys": 1024, "size": 64}),
+    Case("attention", "float64", {"backward": 0, "batch": 4, "heads": 16, "queries": 1024, "keys": 1024, "size": 64}),
 ]
 
 
@@ -229,12 +231,24 @@ class Heads:
         return self.batch * rows * self.size
 
 
+SPLIT = {"float": 3}  # products of tensor cores for one of numbers
+
+
+def parts(t: str, columns: int, tiles_of_warp: int) -> int:
+    """Of a product of rows, each of which reads the left side."""
+    return max(1, columns // 8 * tiles_of_warp // 4) if t == "float" else 1
+
+
 def forward_tiles(t: str, size: str, options: str, few: str, *, case: Case) -> tuple[Shape, Counts]:
-    at, padded, is_few = Heads(case), int(size), few == "true"
-    tiles_of_warp = 1 if is_few or padded > (64 if options == "true" else 128) else 2
-    rows, columns = 4 * tiles_of_warp * 16, 64 if padded > 64 or options == "true" or is_few else 128
-    stages = 1 if padded > 128 else 2
-    shared = 2 * (rows + stages * 2 * columns) * padded
+    at, padded, number, is_few, half = Heads(case), int(size), BYTES[t], few == "true", BYTES[t] == 2
+    tiles_of_warp = 1 if is_few or padded > 128 or (options == "true" and (not half or padded > 64)) else 2
+    rows = 4 * tiles_of_warp * 16
+    if half:
+        columns = 64 if padded > 64 or options == "true" or is_few else 128
+    else:
+        columns = 16 if padded > 128 else 32 if padded > 64 or tiles_of_warp == 2 else 64
+    stages = 1 if padded > 128 or rows * padded * number > 32 << 10 else 2
+    shared = number * (rows + stages * 2 * columns) * padded
     packs = at.kv_heads if is_few else at.heads
     queries = at.heads // at.kv_heads * at.queries if is_few else at.queries
     splits = up(at.keys, 256) if is_few else 1
@@ -248,26 +262,31 @@ def forward_tiles(t: str, size: str, options: str, few: str, *, case: Case) -> t
     seen = pairs_of(queries, at.keys, at.causal, rows, columns)
     heads = at.batch * packs
     # Two products a pair. Each busy warp reads all of K and V; its queries once more with each tile of keys.
-    of_tile = busy_rows // (16 * tiles_of_warp) * 2 * columns * padded * 2 + busy_rows * padded * 2
-    written = heads * seen.tiles * 2 * columns * padded * 2 + blocks * rows * padded * 2
+    of_tile = busy_rows // (16 * tiles_of_warp) * 2 * columns + busy_rows * parts(t, columns, tiles_of_warp)
+    written = heads * seen.tiles * 2 * columns + blocks * rows
     rows_out = at.batch * at.heads * at.queries
-    out = rows_out * splits * (at.size + 2) * 4 if is_few else rows_out * (at.size * 2 + 4)
+    out = rows_out * splits * (at.size + 2) * 4 if is_few else rows_out * (at.size * number + 4)
     return Shape((blocks, 1, 1), 128, shared), Counts(
         useful=4 * heads * seen.seen * at.size,
-        issued=4 * heads * seen.tiles * busy_rows * columns * padded,
-        device=at.numbers(1, 2) * 2 + out,
-        l2=heads * seen.tiles * 2 * columns * at.size * 2 + at.numbers(splits, 0) * 2 + out,
-        shared=written + heads * seen.tiles * of_tile,
+        issued=4 * SPLIT.get(t, 1) * heads * seen.tiles * busy_rows * columns * padded,
+        device=at.numbers(1, 2) * number + out,
+        l2=heads * seen.tiles * 2 * columns * at.size * number + at.numbers(splits, 0) * number + out,
+        shared=(written + heads * seen.tiles * of_tile) * padded * number,
     )
 
 
 def key_gradients(t: str, size: str, options: str, *, case: Case) -> tuple[Shape, Counts]:
-    at, padded = Heads(case), int(size)
+    at, padded, number, half = Heads(case), int(size), BYTES[t], BYTES[t] == 2
     pairs = padded > 128  # of warps, which share keys
-    keys = (32 if pairs else 64) * (1 if padded > 64 or options == "true" else 2)
-    queries = 16 if pairs else 64 if padded > 64 and options == "false" else 32
+    tiles_of_warp = 1 if padded > 64 or options == "true" or not half else 2
+    keys = (32 if pairs else 64) * tiles_of_warp
+    if half:
+        queries = 16 if pairs else 64 if padded > 64 and options == "false" else 32
+    else:
+        queries = 16 if padded > 64 else 32 if options == "true" else 64
     handed_on = keys * queries if pairs else 0
-    shared = 2 * (2 * keys + 4 * queries) * padded + (4 * queries + handed_on) * 4
+    stages = 1 if padded * number > 512 else 2
+    shared = number * (2 * keys + stages * 2 * queries) * padded + (4 * queries + handed_on) * 4
     blocks = at.batch * at.kv_heads * up(at.keys, keys)
     if at.causal and (at.queries != at.keys or at.keys % keys):
         raise Stopped("counts.py counts causal key gradients of whole tiles and as many queries as keys only.")
@@ -275,37 +294,39 @@ def key_gradients(t: str, size: str, options: str, *, case: Case) -> tuple[Shape
     seen = pairs_of(at.keys, at.queries, at.causal, keys, queries)
     heads = at.batch * at.heads
     # Keys and values are read by the warp that has them, a tile of queries or of dO for each product of each warp.
-    of_tile = 2 * keys * padded * 2 + 4 * (2 if pairs else 4) * queries * padded * 2 + 2 * handed_on * 4
-    written = heads * seen.tiles * 2 * queries * padded * 2 + blocks * 2 * keys * padded * 2
+    of_tile = (2 * keys * parts(t, queries, tiles_of_warp) + 4 * (2 if pairs else 4) * queries) * padded * number
+    of_tile += 2 * handed_on * 4
+    written = (heads * seen.tiles * 2 * queries + blocks * 2 * keys) * padded * number
     rows = at.batch * at.heads * at.queries
-    out = at.numbers(0, 2) * 2
+    out = at.numbers(0, 2) * number
     return Shape((blocks, 1, 1), 128, shared), Counts(
         useful=8 * heads * seen.seen * at.size,
-        issued=8 * heads * seen.tiles * keys * queries * padded,
-        device=at.numbers(2, 2) * 2 + rows * 8 + out,
-        l2=heads * seen.tiles * queries * (2 * at.size * 2 + 8) + at.numbers(0, 2) * 2 + out,
+        issued=8 * SPLIT.get(t, 1) * heads * seen.tiles * keys * queries * padded,
+        device=at.numbers(2, 2) * number + rows * 8 + out,
+        l2=heads * seen.tiles * queries * (2 * at.size * number + 8) + at.numbers(0, 2) * number + out,
         shared=written + heads * seen.tiles * of_tile,
     )
 
 
 def query_gradients(t: str, size: str, options: str, *, case: Case) -> tuple[Shape, Counts]:
-    at, padded = Heads(case), int(size)
-    tiles_of_warp = 1 if padded > 128 or options == "true" else 2
-    rows, columns = 64 * tiles_of_warp, 16 if padded > 128 else 32 if tiles_of_warp == 2 else 64
-    shared = 2 * (2 * rows + 4 * columns) * padded
+    at, padded, number = Heads(case), int(size), BYTES[t]
+    tiles_of_warp = 1 if padded * number > 256 or options == "true" else 2
+    shares, stages = (2, 1) if padded * number > 512 else (1, 2)
+    rows, columns = 64 // shares * tiles_of_warp, 16 if padded * number > 256 else 32 if tiles_of_warp == 2 else 64
+    shared = number * (2 * rows + stages * 2 * columns) * padded
     blocks = at.batch * at.heads * up(at.queries, rows)
     seen = pairs_of(at.queries, at.keys, at.causal, rows, columns)
     heads = at.batch * at.heads
-    of_tile = 2 * rows * padded * 2 + 4 * 3 * columns * padded * 2
-    written = heads * seen.tiles * 2 * columns * padded * 2 + blocks * 2 * rows * padded * 2
+    of_tile = 2 * rows * shares * parts(t, columns, tiles_of_warp) + 4 * (2 * columns + columns // shares)
+    written = heads * seen.tiles * 2 * columns + blocks * 2 * rows
     lines = heads * at.queries * 8
-    out = at.numbers(1, 0) * 2
+    out = at.numbers(1, 0) * number
     return Shape((blocks, 1, 1), 128, shared), Counts(
         useful=6 * heads * seen.seen * at.size,
-        issued=6 * heads * seen.tiles * rows * columns * padded,
-        device=at.numbers(2, 2) * 2 + lines + out,
-        l2=heads * seen.tiles * 2 * columns * at.size * 2 + at.numbers(2, 0) * 2 + lines + out,
-        shared=written + heads * seen.tiles * of_tile,
+        issued=(4 * shares + 2) * SPLIT.get(t, 1) * heads * seen.tiles * rows * columns * padded,
+        device=at.numbers(2, 2) * number + lines + out,
+        l2=heads * seen.tiles * 2 * columns * at.size * number + at.numbers(2, 0) * number + lines + out,
+        shared=(written + heads * seen.tiles * of_tile) * padded * number,
     )
 
 

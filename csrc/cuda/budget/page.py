@@ -25,10 +25,13 @@ SHOWN = {
         "half_gemm_kernel<bfloat16",
         "gemm_kernel<",
     ),
-    "Attention on tensor cores (bfloat16)": (
+    "Attention on tensor cores (bfloat16 and float32)": (
         "attention_forward_tiles<bfloat16",
+        "attention_forward_tiles<float,",
         "attention_key_gradients<bfloat16",
+        "attention_key_gradients<float,",
         "attention_query_gradients<bfloat16",
+        "attention_query_gradients<float,",
     ),
     "Attention on CUDA cores": (
         "attention_forward_simt<float,",

@@ -25,12 +25,14 @@ KINDS = {
 LOCAL = ("LDL", "STL")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
-# Of kernels whose name begins so: what they have to have, whatever the table says. These are the hot ones.
+TILES = ("attention_forward_tiles<", "attention_key_gradients<", "attention_query_gradients<")
+
+# Of kernels whose name begins so, by the first that fits: what they have to have, whatever the table says. These are
+# the hot ones.
 MEANT = {
     "half_gemm_kernel<": ("HMMA", "LDGSTS.128", "LDSM"),
-    "attention_forward_tiles<": ("HMMA", "LDGSTS.128", "LDSM", "LDSM.T", "MUFU.EX2"),
-    "attention_key_gradients<": ("HMMA", "LDGSTS.128", "LDSM", "LDSM.T", "MUFU.EX2"),
-    "attention_query_gradients<": ("HMMA", "LDGSTS.128", "LDSM", "LDSM.T", "MUFU.EX2"),
+    **{f"{kernel}float,": ("HMMA", "LDGSTS.128", "LDSM", "MUFU.EX2") for kernel in TILES},
+    **{kernel: ("HMMA", "LDGSTS.128", "LDSM", "LDSM.T", "MUFU.EX2") for kernel in TILES},
     "persistent_forward_kernel<": ("HMMA", "LDG.128", "LDS.128"),
     "persistent_backward_kernel<": ("HMMA", "LDG.128", "LDS.128"),
 }

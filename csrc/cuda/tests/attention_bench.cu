@@ -1,12 +1,16 @@
 // Times attention on a device: milliseconds, TFLOP/s of what has to be multiplied (backward: 2.5 times forward), and
-// for decoding TB/s of keys and values.
+// for decoding TB/s of keys and values. Before that, how far results are from those in double: the largest difference,
+// over the largest number.
 //
-//   attention_bench [repeats]
+//   attention_bench [repeats [type]]
+#include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "device_memory.h"
 
 #include "cuda/attention.h"
+#include "cuda/number.h"
 
 namespace fastseq::test {
 namespace {
@@ -26,28 +30,130 @@ const Timed kTimed[] = {
     {1, 32, 8, 1, 32768, 128, false, false},       {8, 16, 16, 1, 8192, 64, false, false},
 };
 
-template <class T>
-T* device(int64_t numbers) {
-  void* data = nullptr;
-  must(cudaMalloc(&data, static_cast<size_t>(numbers) * sizeof(T)), "cudaMalloc");
-  return static_cast<T*>(data);
+// use(i) for each number, on the device.
+template <class Use>
+__global__ void each_number(int64_t numbers, Use use) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < numbers; i += step) use(i);
 }
 
 // Small numbers that differ: time depends on them, by the power they take.
 template <class T>
-__global__ void fill(T* to, int64_t numbers, uint32_t seed) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < numbers; i += step) {
+struct Fill {
+  T* to;
+  uint32_t seed;
+  __device__ void operator()(int64_t i) const {
     uint32_t x = (static_cast<uint32_t>(i) + seed) * 2654435761u;
     x = (x ^ x >> 15) * 2246822519u, x ^= x >> 13;
     cuda::store(to[i], static_cast<Computed<T>>(static_cast<float>(x) * 0x1p-31f - 1));
   }
-}
+};
+template <class To, class From>
+struct Copy {
+  To* to;
+  const From* from;
+  __device__ void operator()(int64_t i) const { to[i] = static_cast<To>(cuda::load(from[i])); }
+};
+
+// Numbers on the device, until it is gone.
 template <class T>
-T* filled(int64_t numbers, uint32_t seed) {
-  T* const data = device<T>(numbers);
-  fill<<<1024, 256>>>(data, numbers, seed);
-  return data;
+class Numbers {
+ public:
+  explicit Numbers(int64_t count) : count_(count) {
+    void* data = nullptr;
+    must(cudaMalloc(&data, static_cast<size_t>(count) * sizeof(T)), "cudaMalloc");
+    data_ = static_cast<T*>(data);
+  }
+  Numbers(const Numbers&) = delete;
+  ~Numbers() { cudaFree(data_); }
+  T* data() const { return data_; }
+  void fill(uint32_t seed) { each_number<<<1024, 256>>>(count_, Fill<T>{data_, seed}); }
+  template <class From>
+  void copy(const Numbers<From>& from) {
+    each_number<<<1024, 256>>>(count_, Copy<T, From>{data_, from.data()});
+  }
+  std::vector<double> to_host() const {
+    Numbers<double> wide(count_);
+    wide.copy(*this);
+    std::vector<double> out(static_cast<size_t>(count_));
+    must(cudaMemcpy(out.data(), wide.data(), out.size() * sizeof(double), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return out;
+  }
+
+ private:
+  int64_t count_;
+  T* data_;
+};
+
+template <class T>
+struct Problem {
+  using A = Computed<T>;
+  Timed t;
+  int64_t q_count = t.batch * t.heads * t.queries * t.size, k_count = t.batch * t.kv_heads * t.keys * t.size;
+  int64_t rows = t.batch * t.heads * t.queries;
+  Numbers<T> q{q_count}, k{k_count}, v{k_count}, d_out{q_count}, out{q_count}, dq{q_count}, dk{k_count}, dv{k_count};
+  Numbers<A> lse{rows};
+  AttentionForward<T, A> f;
+  AttentionBackward<T, A> b;
+
+  explicit Problem(const Timed& timed) : t(timed) {
+    inputs(f), inputs(b);
+    f.out = of_queries(out.data()), f.lse = {lse.data(), t.heads * t.queries, t.queries};
+    b.out = of_queries(static_cast<const T*>(out.data())), b.d_out = of_queries(static_cast<const T*>(d_out.data()));
+    b.lse = {lse.data(), t.heads * t.queries, t.queries};
+    b.dq = of_queries(dq.data()), b.dk = of_keys(dk.data()), b.dv = of_keys(dv.data());
+  }
+  void fill() { q.fill(1), k.fill(2), v.fill(3), d_out.fill(4); }
+  template <class From>
+  void copy(const Problem<From>& from) {
+    q.copy(from.q), k.copy(from.k), v.copy(from.v), d_out.copy(from.d_out);
+  }
+
+ private:
+  template <class Data>
+  Heads<Data> of(Data* data, int64_t heads, int64_t length) const {
+    return {data, heads * length * t.size, length * t.size, t.size};
+  }
+  template <class Data>
+  Heads<Data> of_queries(Data* data) const {
+    return of(data, t.heads, t.queries);
+  }
+  template <class Data>
+  Heads<Data> of_keys(Data* data) const {
+    return of(data, t.kv_heads, t.keys);
+  }
+  template <class Block>
+  void inputs(Block& p) {
+    p.batch = t.batch, p.heads = t.heads, p.kv_heads = t.kv_heads, p.queries = t.queries, p.keys = t.keys;
+    p.size = p.value_size = t.size, p.scale = 1 / std::sqrt(static_cast<double>(t.size));
+    if (t.causal) p.band.high = 0;
+    p.dropout = {t.dropout, 1234};
+    p.q = of_queries(static_cast<const T*>(q.data()));
+    p.k = of_keys(static_cast<const T*>(k.data())), p.v = of_keys(static_cast<const T*>(v.data()));
+  }
+};
+
+// What runs a problem, with memory for it.
+template <class T>
+struct Runs {
+  Problem<T>& p;
+  Numbers<char> memory{cuda::attention_forward_workspace<T>(p.f) + cuda::attention_backward_workspace<T>(p.b) + 256};
+  cuda::Call call;
+  explicit Runs(Problem<T>& problem) : p(problem) { call.workspace = memory.data(); }
+  cudaError_t forward() const { return cuda::attention_forward<T>(p.f, call); }
+  cudaError_t backward() const { return cuda::attention_backward<T>(p.b, call); }
+};
+
+template <class T>
+double error(const Numbers<T>& got, const Numbers<double>& expected) {
+  const auto a = got.to_host(), b = expected.to_host();
+  double largest = 0, difference = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    largest = std::fmax(largest, std::fabs(b[i]));
+    const double d = std::fabs(a[i] - b[i]);
+    if (!(d <= difference)) difference = d;  // NaN, too
+  }
+  return difference / largest;
 }
 
 template <class Use>
@@ -66,61 +172,38 @@ double milliseconds(int repeats, const Use& use) {
 
 template <class T>
 void time_all(const char* name, int repeats) {
-  using A = Computed<T>;
   for (const Timed& t : kTimed) {
-    if (sizeof(T) > 2 && t.queries > 2048) continue;
-    const int64_t q = t.batch * t.heads * t.queries * t.size, k = t.batch * t.kv_heads * t.keys * t.size;
-    const int64_t rows = t.batch * t.heads * t.queries;
-    AttentionBackward<T, A> b;
-    const auto set = [&](auto& p) {
-      p.batch = t.batch, p.heads = t.heads, p.kv_heads = t.kv_heads, p.queries = t.queries, p.keys = t.keys;
-      p.size = p.value_size = t.size, p.scale = 1 / std::sqrt(static_cast<double>(t.size));
-      if (t.causal) p.band.high = 0;
-      p.dropout = {t.dropout, 1234};
-    };
-    const auto heads = [&](auto* data, int64_t count, int64_t length) {
-      return Heads<std::remove_pointer_t<decltype(data)>>{data, count * length * t.size, length * t.size, t.size};
-    };
-    T *const q_data = filled<T>(q, 1), *const k_data = filled<T>(k, 2), *const v_data = filled<T>(k, 3);
-    T* const out = filled<T>(q, 4);
-    A* const lse = device<A>(rows);
-    const auto inputs = [&](auto& p) {
-      set(p);
-      p.q = heads(static_cast<const T*>(q_data), t.heads, t.queries);
-      p.k = heads(static_cast<const T*>(k_data), t.kv_heads, t.keys);
-      p.v = heads(static_cast<const T*>(v_data), t.kv_heads, t.keys);
-    };
-    AttentionForward<T, A> f;
-    inputs(f), inputs(b);
-    f.out = heads(out, t.heads, t.queries), f.lse = {lse, t.heads * t.queries, t.queries};
-    cuda::Call call;
-    void* const memory = device<char>(cuda::attention_forward_workspace<T>(f) + rows * 8 + 256);
-    call.workspace = memory;
-    const double forward = milliseconds(repeats, [&] { return cuda::attention_forward<T>(f, call); });
+    Problem<T> problem(t);
+    problem.fill();
+    const Runs<T> runs(problem);
+    std::printf("%-8s B%-2lld N%lld/%lld L%lld S%lld D%lld%s%s: error", name, static_cast<long long>(t.batch),
+                static_cast<long long>(t.heads), static_cast<long long>(t.kv_heads), static_cast<long long>(t.queries),
+                static_cast<long long>(t.keys), static_cast<long long>(t.size), t.causal ? " causal" : "",
+                t.dropout ? " dropout" : "");
+    {
+      Problem<double> exact(t);
+      exact.copy(problem);
+      const Runs<double> exactly(exact);
+      must(runs.forward(), "forward"), must(exactly.forward(), "forward of double");
+      std::printf(" %.1e", error(problem.out, exact.out));
+      if (t.backward) {
+        must(runs.backward(), "backward"), must(exactly.backward(), "backward of double");
+        std::printf(", of dQ %.1e, dK %.1e, dV %.1e", error(problem.dq, exact.dq), error(problem.dk, exact.dk),
+                    error(problem.dv, exact.dv));
+      }
+    }
     const double pairs = t.causal ? 0.5 * t.queries * t.keys : 1.0 * t.queries * t.keys;
     const double flop = 4.0 * t.batch * t.heads * pairs * t.size;
-    std::printf("%-8s B%-2lld N%lld/%lld L%lld S%lld D%lld%s%s: forward %.3f ms, ", name,
-                static_cast<long long>(t.batch), static_cast<long long>(t.heads), static_cast<long long>(t.kv_heads),
-                static_cast<long long>(t.queries), static_cast<long long>(t.keys), static_cast<long long>(t.size),
-                t.causal ? " causal" : "", t.dropout ? " dropout" : "", forward);
-    if (t.queries == 1) std::printf("%.2f TB/s", 2 * k * sizeof(T) / forward * 1e-9);
+    const double forward = milliseconds(repeats, [&] { return runs.forward(); });
+    std::printf("; forward %.3f ms, ", forward);
+    if (t.queries == 1) std::printf("%.2f TB/s", 2 * problem.k_count * sizeof(T) / forward * 1e-9);
     else std::printf("%.0f TFLOP/s", flop / forward * 1e-9);
     if (t.backward) {
-      T* const d_out = filled<T>(q, 5);
-      T *const dq = device<T>(q), *const dk = device<T>(k), *const dv = device<T>(k);
-      b.out = heads(static_cast<const T*>(out), t.heads, t.queries);
-      b.d_out = heads(static_cast<const T*>(d_out), t.heads, t.queries);
-      b.lse = {lse, t.heads * t.queries, t.queries};
-      b.dq = heads(dq, t.heads, t.queries), b.dk = heads(dk, t.kv_heads, t.keys);
-      b.dv = heads(dv, t.kv_heads, t.keys);
-      const double backward = milliseconds(repeats, [&] { return cuda::attention_backward<T>(b, call); });
+      const double backward = milliseconds(repeats, [&] { return runs.backward(); });
       std::printf("; backward %.3f ms, %.0f TFLOP/s", backward, 2.5 * flop / backward * 1e-9);
-      for (T* data : {d_out, dq, dk, dv}) must(cudaFree(data), "cudaFree");
     }
     std::printf("\n");
     std::fflush(stdout);
-    for (T* data : {q_data, k_data, v_data, out}) must(cudaFree(data), "cudaFree");
-    must(cudaFree(lse), "cudaFree"), must(cudaFree(memory), "cudaFree");
   }
 }
 
@@ -129,6 +212,7 @@ void time_all(const char* name, int repeats) {
 
 int main(int argc, char** argv) {
   const int repeats = argc > 1 ? std::atoi(argv[1]) : 10;
-  fastseq::test::time_all<fastseq::bfloat16>("bfloat16", repeats);
-  fastseq::test::time_all<float>("float32", repeats);
+  const char* const type = argc > 2 ? argv[2] : "";
+  if (!*type || !std::strcmp(type, "bfloat16")) fastseq::test::time_all<fastseq::bfloat16>("bfloat16", repeats);
+  if (!*type || !std::strcmp(type, "float32")) fastseq::test::time_all<float>("float32", repeats);
 }
