@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       __syncthreads();
       load_queries(next_n, next_i0, stage);
     }
-    keep_row_numbers(stage ^ (kStages - 1));
+    if (next_n < end_head) keep_row_numbers(stage ^ (kStages - 1));
     n = next_n, i0 = next_i0;
   }
   const int there = static_cast<int>(all.ragged_keys.count(b, all.keys)) - j0;

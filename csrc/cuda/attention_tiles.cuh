@@ -186,11 +186,8 @@ constexpr int kAtOnce = kHalf<T> || kGroups * kTiles < kMost ? kGroups : kMost /
 template <int kSize, class T, int kTiles, int kGroups, int kUnroll = 4>
 __device__ void multiply_rows(Fragments<kTiles, kGroups>& products, const T* left, int row0, const T* right) {
   constexpr int kPart = kAtOnce<T, kTiles, kGroups>;
-#pragma unroll
-  for (int n0 = 0; n0 < kGroups; n0 += kPart) {
-    Fragments<kTiles, kPart> sums, smaller;
-    clear<kTiles, kPart>(sums);
-    clear<kTiles, kPart>(smaller);
+  using Part = Fragments<kTiles, kPart>;
+  const auto add = [&](Part& sums, Part& smaller, int n0) {
 #pragma unroll kUnroll
     for (int k = 0; k < kSize / kDepth<T>; ++k) {
       uint32_t words[4];
@@ -207,9 +204,19 @@ __device__ void multiply_rows(Fragments<kTiles, kGroups>& products, const T* lef
         multiply_pair<T, kTiles, kPart>(sums, smaller, n, lefts, rights);
       }
     }
-    each<kTiles, kPart>([&](int m, int n, int e) {
-      products[m][n0 + n][e] = kHalf<T> ? sums[m][n][e] : sums[m][n][e] + smaller[m][n][e];
-    });
+  };
+  if constexpr (kHalf<T>) {
+    clear<kTiles, kGroups>(products);
+    add(products, products, 0);
+  } else {
+#pragma unroll
+    for (int n0 = 0; n0 < kGroups; n0 += kPart) {
+      Part sums, smaller;
+      clear<kTiles, kPart>(sums);
+      clear<kTiles, kPart>(smaller);
+      add(sums, smaller, n0);
+      each<kTiles, kPart>([&](int m, int n, int e) { products[m][n0 + n][e] = sums[m][n][e] + smaller[m][n][e]; });
+    }
   }
 }
 

@@ -158,6 +158,10 @@ def points(quick: bool) -> Iterator[AnyPoint]:
     yield AttentionPoint(32, 16, 16, 512, 512, 128)
     yield AttentionPoint(64, 32, 8, 1, 4096, 128)
     yield AttentionPoint(16, 16, 16, 1024, 1024, 64, dtype=single)
+    yield AttentionPoint(32, 16, 16, 512, 512, 128, dtype=single)
+    for size in (64, 128, 256):
+        yield AttentionPoint(4, 8, 8, 4096, 4096, size, True, single)
+    yield AttentionPoint(8, 32, 8, 1, 8192, 128, dtype=single)
 
 
 def dry_points() -> Iterator[AnyPoint]:
