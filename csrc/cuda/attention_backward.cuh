@@ -57,7 +57,7 @@ struct KeyGradientShape {
                : (kSize > 64 ? 16
                   : kOptions ? 32
                              : 64);
-  static constexpr int kStages = sizeof(T) * kSize > 512 ? 1 : 2;  // of queries: what shared memory has room for
+  static constexpr int kStages = sizeof(T) * kSize > 512 ? 1 : 2;    // of queries: what shared memory has room for
   static constexpr int kAtOnce = kSize == 128 && !kOptions ? 2 : 4;  // of multiply_add, found as kUnroll
   static constexpr std::size_t kTileBytes = sizeof(T) * (2 * kKeys + kStages * 2 * kQueries) * kSize;
   static constexpr std::size_t kHandedOn = kPairs ? kKeys * kQueries : 0;

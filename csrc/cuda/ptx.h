@@ -218,6 +218,25 @@ float emulated_factor(uint32_t word, int place) {
     return as_float(word & ~0x1fffu);  // tensor cores do not see the lower bits
   }
 }
+
+// Of the words that all lanes gave. Not under ThreadSanitizer, which would take most of its time here, on numbers that
+// no other thread can change.
+template <class T>
+__attribute__((noinline, no_sanitize("thread"))) void emulated_mma(float (&d)[4], const emulation::WarpSlot* all,
+                                                                   int lane) {
+  constexpr int kPlaces = 4 / sizeof(T), kDepth = 8 * kPlaces;
+  float rows[2][kDepth], columns[2][kDepth];  // those of this lane, along k
+  for (int i = 0; i < 2; ++i)
+    for (int half = 0; half < 2; ++half)
+      for (int t = 0; t < 4; ++t)
+        for (int place = 0; place < kPlaces; ++place) {
+          const int k = (4 * half + t) * kPlaces + place;
+          rows[i][k] = emulated_factor<T>(all[lane / 4 * 4 + t].words[2 * half + i], place);
+          columns[i][k] = emulated_factor<T>(all[4 * (2 * (lane % 4) + i) + t].words[4 + half], place);
+        }
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < kDepth; ++k) d[i] += rows[i / 2][k] * columns[i % 2][k];
+}
 #endif
 
 // Four 8x8 matrices of 16-bit numbers. Thread i gives the address of row i % 8 of matrix i / 8, 16 bytes in shared
@@ -281,20 +300,7 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   emulation::WarpSlot own{};
   memcpy(own.words, a, sizeof a);
   memcpy(own.words + 4, b, sizeof b);
-  const emulation::WarpSlot* const all = emulation::warp_exchange(own, "mma");
-  const int lane = emulation::lane();
-  constexpr int kPlaces = 4 / sizeof(T), kDepth = 8 * kPlaces;
-  float rows[2][kDepth], columns[2][kDepth];  // those of this lane, along k
-  for (int i = 0; i < 2; ++i)
-    for (int half = 0; half < 2; ++half)
-      for (int t = 0; t < 4; ++t)
-        for (int place = 0; place < kPlaces; ++place) {
-          const int k = (4 * half + t) * kPlaces + place;
-          rows[i][k] = emulated_factor<T>(all[lane / 4 * 4 + t].words[2 * half + i], place);
-          columns[i][k] = emulated_factor<T>(all[4 * (2 * (lane % 4) + i) + t].words[4 + half], place);
-        }
-  for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < kDepth; ++k) d[i] += rows[i / 2][k] * columns[i % 2][k];
+  emulated_mma<T>(d, emulation::warp_exchange(own, "mma"), emulation::lane());
 #endif
 }
 
