@@ -50,6 +50,6 @@ fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_forward.c
                   "attention_forward_tiles<float16, 64, false,")
 fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_few.cu "merge_splits<"
                   "attention_forward_simt<double," "attention_forward_tiles<(bfloat16|float), (64, false|128, true),")
-fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_backward.cu "attention_delta<"
+fastseq_translate(fastseq_cuda_ptx_attention_tests csrc/cuda/attention_backward.cu "attention_delta<(float|b?float16)>"
                   "attention_.*_gradients_simt<double>" "attention_.*_gradients<(b?float16|float), 64, false>"
                   "attention_.*_gradients<(bfloat16|float), 128,")

@@ -55,7 +55,7 @@ FORMS = {
         ld.param.u8 ld.param.u32 ld.param.u64 ld.param.f64 ld.global.u8 ld.global.u16 ld.global.u64
         ld.global.u32 ld.global.v4.u32 ld.global.f32 ld.global.v4.f32 ld.global.f64 ld.global.cg.v4.u32
         ld.acquire.gpu.u32
-        ld.shared.f32 ld.shared.f64 ld.shared.v2.f32 ld.shared.v4.u32 ld.shared.v4.f32
+        ld.shared.u32 ld.shared.f32 ld.shared.f64 ld.shared.v2.f32 ld.shared.v4.u32 ld.shared.v4.f32
     """,
     "at T": """
         st.global.u16 st.global.u32 st.global.u64 st.global.f32 st.global.f64 st.global.v4.u32 st.shared.u16
