@@ -114,6 +114,13 @@ def test_threads_in_another_order(programs, schedule):
     run_all(("probes",), ("attention", "--quick", "float16"), schedule=schedule)
 
 
+@pytest.mark.slow
+def test_the_program_that_times_attention_compiles(nvcc, tmp_path):
+    source = ROOT / "csrc/cuda/tests/attention_bench.cu"
+    flags = [*compilation.nvcc_flags(), "-ccbin", compilation.host_compiler(), "-I", ROOT / "csrc"]
+    finish([nvcc, "-c", "-arch=sm_80", source, "-o", tmp_path / "attention_bench.o", *flags])
+
+
 # ---- Faults in the text of instructions, which the kernels' sources as run elsewhere do not show --------------------
 class Fault(NamedTuple):
     old: str  # once in ptx.h
