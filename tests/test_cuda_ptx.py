@@ -100,7 +100,7 @@ def test_attention_kernels_are_right(programs):
         "merge_splits",
     }
     assert [name for name, times in from_ptx.items() if times == 0] == []
-    # What nobody has translated, to save time: these tiles, and what else is of their types.
+    # What nobody has translated, to save time: these tiles, and kernels that are translated of another type.
     tiles = (
         r"(attention_forward_tiles|attention_(key|query)_gradients)"
         r"<((b?float16|float), 256|float16, (128|64, false, true))\b"

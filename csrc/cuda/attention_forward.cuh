@@ -13,7 +13,7 @@
 namespace fastseq::cuda {
 
 // A warp has kTiles times 16 rows: two where registers allow, since each part of K and V that it reads from shared
-// memory is then multiplied twice. A block's shared memory fits every GPU, which has 99 KB.
+// memory is then multiplied twice. Of shared memory a block has 99 KB on every GPU from sm_80 on.
 template <class T, int kSize, bool kOptions, bool kFew>
 struct ForwardShape {
   static constexpr int kBytes = kSize * static_cast<int>(sizeof(T));  // of a row

@@ -17,8 +17,9 @@ constexpr bool kHalf = sizeof(T) == 2;
 // A word of factors as tensor cores take it: of 16-bit numbers as it is. Of floats they multiply 11 bits, "tf32". Where
 // that is not enough, a float is the sum of two such numbers, of which the second goes to `rest`, and of the four
 // products the three larger are added up: an error as of float itself (Fasi et al., "Matrix multiplication in multiword
-// arithmetic", 2023). The first is rounded by hand, as cvt.rna.tf32 is four instructions for what is not finite: here
-// the rest is NaN then. The second is cut off by tensor cores: it has 12 bits and either sign.
+// arithmetic", 2023), as long as sums are short (attention_tiles.cuh). The first is rounded by hand, as cvt.rna.tf32 is
+// four instructions for what is not finite: here the rest is NaN then. The second is cut off by tensor cores: it has 12
+// bits and either sign.
 template <class T, bool kSplit>
 __device__ __forceinline__ uint32_t factor(uint32_t word, uint32_t& rest) {
   if constexpr (kHalf<T>) {
