@@ -152,52 +152,75 @@ struct RowsAhead {
   }
 };
 
-// c[MR][columns] (+)= a . the first NV vectors of the panel's PV; columns may be fewer.
+// The sums of one chain, of MR rows or the fewer that are left.
 template <int MR, int NV, int PV, class T, bool fetches = false>
-FASTSEQ_INLINE void gemm_tile(const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step, const T* panel,
-                              int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns, bool accumulate,
-                              RowsAhead<T>& rows_ahead, const T* ahead = nullptr) {
-  using V = Vec<Compute<T>>;
-  constexpr int width = NV * V::size, panel_width = PV * V::size, count = Terms<T>::count;
-  alignas(64) Compute<T> sums[MR * width];
-  Compute<T>* to = c;
-  int64_t ld = ldc;
-  if (columns < width) {
-    to = sums, ld = width;
-    for (int i = 0; i < MR * NV; ++i)
-      (accumulate ? V::load(c + i / NV * ldc + i % NV * V::size, columns - i % NV * V::size) : V(0))
-          .store(sums + i * V::size);
+FASTSEQ_INLINE void gemm_tile(int64_t rows, const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step,
+                              const T* panel, int64_t k_size, const Compute<T>* before, int64_t ld_before,
+                              Compute<T>* sums, int64_t ld_sums, const T* ahead = nullptr) {
+  if constexpr (MR > 0) {
+    if (rows < MR)
+      return gemm_tile<MR - 1, NV, PV, T>(rows, a, a_row, a_step, panel, k_size, before, ld_before, sums, ld_sums);
+    tile<MR, NV, 1, T, fetches>(a, a_row, a_step, panel, PV * Vec<Compute<T>>::size * Terms<T>::count, 0, k_size,
+                                before, ld_before, sums, ld_sums, ahead);
   }
-  if (accumulate)  // what is added to comes from far away, in time for the end of the first chain
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) __builtin_prefetch(to + i * ld + v * V::size, 1);
-  // Between chains the sums lie side by side: rows of C a power of two apart share a few sets of the cache.
-  const Compute<T>* before = accumulate ? to : nullptr;
-  int64_t ld_before = ld;
-  for (int64_t k = 0; k < k_size; k += kChain) {
-    const bool last = k + kChain >= k_size;
-    rows_ahead.ask();
-    tile<MR, NV, 1, T, fetches>(a + k / count * a_step, a_row, a_step, panel + k * panel_width, panel_width * count, 0,
-                                last ? k_size - k : kChain, before, ld_before, last ? to : sums, last ? ld : width,
-                                fetches ? ahead + k / count * kLineNumbers<T> : nullptr);
-    before = sums, ld_before = width;
-  }
-  if (columns < width)
-    for (int i = 0; i < MR * NV; ++i)
-      V::load(sums + i * V::size).store(c + i / NV * ldc + i % NV * V::size, columns - i % NV * V::size);
 }
 
+// Rows of A, as many numbers from one to the next, from one step to the next, and from one tile's rows to the next's.
+template <class T>
+struct GemmRows {
+  const typename Terms<T>::Left* data;
+  int64_t row, step, tile, count;
+};
+
+// c[rows][columns] (+)= a . the first NV vectors of the panel's PV; columns may be fewer. A chain's part of the panel
+// stays in the first cache while all rows go by; `rows_first` where that is not worth that A comes in pieces from many
+// rows of memory. Between chains the sums lie side by side: rows of C a power of two apart share a few sets of the
+// cache. next: the panel after this one, or null; while a chain's rows go by, the weights of the next chain come.
 template <int MR, int NV, int PV, class T>
-FASTSEQ_INLINE void gemm_tile_remainder(int64_t rows, const typename Terms<T>::Left* a, int64_t a_row, int64_t a_step,
-                                        const T* panel, int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns,
-                                        bool accumulate, RowsAhead<T>& rows_ahead) {
-  if constexpr (MR > 0) {
-    if (rows == MR)
-      return gemm_tile<MR, NV, PV, T>(a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate, rows_ahead);
-    gemm_tile_remainder<MR - 1, NV, PV, T>(
-        rows, a, a_row, a_step, panel, k_size, c, ldc, columns, accumulate, rows_ahead);
+void gemm_panel(const GemmRows<T>& a, const T* panel, int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns,
+                bool accumulate, bool rows_first, RowsAhead<T>& rows_ahead, const T* next) {
+  using A = Compute<T>;
+  using V = Vec<A>;
+  constexpr int64_t width = NV * V::size, panel_width = PV * V::size, count = Terms<T>::count;
+  constexpr int64_t line = kLineNumbers<T>, lines = NV * V::size * count / line;
+  alignas(64) A sums[kGemmRows * width];
+  const bool narrow = columns < width;  // all chains' sums lie there
+  const auto each_vector = [&](const auto& use) {
+    for (int64_t r = 0; r < a.count; ++r)
+      for (int64_t j = 0; j < columns; j += V::size) use(sums + r * width + j, c + r * ldc + j, columns - j);
+  };
+  if (narrow && accumulate) each_vector([](A* sum, A* at, int64_t valid) { V::load(at, valid).store(sum); });
+  const auto multiply = [&](int64_t i, int64_t k) __attribute__((always_inline)) {
+    const bool last = k + kChain >= k_size;
+    const int64_t size = last ? k_size - k : kChain, rows = a.count - i;
+    const auto* const from = a.data + i / MR * a.tile + k / count * a.step;
+    const T* const part = panel + k * panel_width;
+    A *const own = sums + i * width, *const at = c + i * ldc;
+    const A* before = k > 0 || narrow ? own : at;
+    const int64_t ld_before = before == own ? width : ldc;
+    if (k == 0 && !accumulate) before = nullptr;
+    if (before == at)  // what is added to comes from far away, in time for the end of the chain
+      for (int64_t r = 0; r < MR && r < rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) __builtin_prefetch(at + r * ldc + v * V::size, 1);
+    A* const to = last && !narrow ? at : own;
+    const int64_t ld = to == own ? width : ldc;
+    rows_ahead.ask();
+    if (next && i / MR < lines && rows >= MR) {  // a line at each step
+      const T* const ahead = (last ? next : part + size * panel_width) + i / MR * (kChain / count) * line;
+      gemm_tile<MR, NV, PV, T, true>(rows, from, a.row, a.step, part, size, before, ld_before, to, ld, ahead);
+    } else {
+      gemm_tile<MR, NV, PV, T>(rows, from, a.row, a.step, part, size, before, ld_before, to, ld);
+    }
+  };
+  if (rows_first) {
+    for (int64_t i = 0; i < a.count; i += MR)
+      for (int64_t k = 0; k < k_size; k += kChain) multiply(i, k);
+  } else {
+    for (int64_t k = 0; k < k_size; k += kChain)
+      for (int64_t i = 0; i < a.count; i += MR) multiply(i, k);
   }
+  if (narrow) each_vector([](A* sum, A* at, int64_t valid) { V::load(sum).store(at, valid); });
 }
 
 // A block of K, or what there is of it.
@@ -214,36 +237,23 @@ void gemm_block(const Matrix<T>& a, Range rows, Depth k, Range next, Depth k_nex
   constexpr int MR = tile_rows(NV), count = Terms<T>::count;
   constexpr int64_t width = NV * Vec<Compute<T>>::size;
   const bool packed = packs(a);
-  constexpr int64_t line = kLineNumbers<T>, lines = width * count / line;
   const bool far = (columns.end - columns.begin) * panel_stride * static_cast<int64_t>(sizeof(T)) >= kGemmBytesFar;
-  const int64_t steps = (k.size + count - 1) / count;
-  const int64_t a_row = packed ? count : a.row, a_step = packed ? MR * count : count;
-  const int64_t i0 = rows.begin, here = rows.end - i0;
-  if (packed) pack_a<MR>(a, i0, here, k.begin, k.size, a_memory);
+  const int64_t i0 = rows.begin, here = rows.end - i0, steps = (k.size + count - 1) / count;
+  GemmRows<T> left{a_memory, count, MR * count, MR * steps * count, here};
+  if (packed) {
+    pack_a<MR>(a, i0, here, k.begin, k.size, a_memory);
+  } else if constexpr (count == 1) {
+    left = {a.data + i0 * a.row + k.begin, a.row, 1, MR * a.row, here};
+  }
   const int64_t calls = (columns.end - columns.begin) * ((here + MR - 1) / MR) * ((k.size + kChain - 1) / kChain);
   RowsAhead<T> rows_ahead(a, next, k_next.begin, k_next.size, calls);
   for (int64_t j = columns.begin; j < columns.end; ++j) {
-    const T* panel = panels + j * panel_stride;
-    Compute<T>* to = c.data + i0 * c.row + j * c.panel;
+    const T* const panel = panels + j * panel_stride;
     const int64_t valid = c.columns - j * width;
-    for_vectors_of<NV, Vec<Compute<T>>>(valid, [&](auto part) __attribute__((always_inline)) {
-      constexpr int vectors = decltype(part)::value;
-      for (int64_t i = 0; i < here; i += MR) {
-        const typename Terms<T>::Left* from = a_memory + i * steps * count;
-        if constexpr (count == 1) {
-          if (!packed) from = a.data + (i0 + i) * a.row + k.begin;
-        }
-        if (far && i / MR < lines && here - i >= MR && j + 1 < columns.end) {
-          gemm_tile<MR, vectors, NV, T, true>(from, a_row, a_step, panel, k.size, to + i * c.row, c.row, valid,
-                                              accumulate, rows_ahead, panel + panel_stride + i / MR * steps * line);
-        } else if (here - i >= MR) {
-          gemm_tile<MR, vectors, NV, T>(
-              from, a_row, a_step, panel, k.size, to + i * c.row, c.row, valid, accumulate, rows_ahead);
-        } else {
-          gemm_tile_remainder<MR - 1, vectors, NV, T>(
-              here - i, from, a_row, a_step, panel, k.size, to + i * c.row, c.row, valid, accumulate, rows_ahead);
-        }
-      }
+    for_vectors_of<NV, Vec<Compute<T>>>(valid, [&](auto part) {
+      gemm_panel<MR, decltype(part)::value, NV, T>(
+          left, panel, k.size, c.data + i0 * c.row + j * c.panel, c.row, valid, accumulate,
+          !packed && j == columns.begin, rows_ahead, far && j + 1 < columns.end ? panel + panel_stride : nullptr);
     });
   }
 }
