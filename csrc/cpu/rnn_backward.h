@@ -120,7 +120,7 @@ class BackwardDirection {
       for (int i = 0; i < n; ++i) step(t, pieces[i], units);
       if (!meet()) return;
       // Past the first step of the walk the product is dL/dh0, which nobody may have asked for.
-      if (s > 0 || p_->d_h0) carry_back(t, rows, outputs);
+      if (s > 0 || p_->d_h0) carry_back(t, rows, outputs, share.members > 1);
     }
   }
 
@@ -249,8 +249,9 @@ class BackwardDirection {
     if (!p_->proj_size) direct.store(carry_ + r * hout_ + j, valid);
   }
 
-  void carry_back(int64_t t, Range rows, Range outputs) {
+  void carry_back(int64_t t, Range rows, Range outputs, bool shared) {
     const T* dg = dg_row(p_->schedule.offset(t));
+    if (shared) ask_for(dg + rows.begin * ldg_, ldg_, rows.end - rows.begin, ldg_);
     for (int64_t r0 = rows.begin; r0 < rows.end; r0 += kRowBlock) {
       const int64_t count = rows.end - r0 < kRowBlock ? rows.end - r0 : kRowBlock;
       hidden_.for_each_block(dg + r0 * ldg_, ldg_, count, runs_, Cell::runs, outputs, t % 2 == 1,

@@ -12,6 +12,7 @@ constexpr int64_t kNumbersToShare = 131072;   // numbers to add or multiply, lik
 constexpr int64_t kWeightsToStream = 1 << 18;
 constexpr int64_t kWeightsToStreamBackward = 1 << 20;  // a thread then reads the others' dg, too, not only their h
 constexpr int64_t kRowsToShareUnits = 16;
+constexpr int64_t kBytesToAskFor = 16 << 10;      // of what other members computed at a step; a third of a first cache
 constexpr int64_t kWorkToMeasure = 1 << 26;       // a thread's multiplications that tell how fast it is
 constexpr int64_t kWorkToMeasureInAmx = 1 << 29;  // takes about as long
 constexpr int64_t kBytesToFold = 1 << 20;         // of W_ih and W_hh, of which each step then reads both
@@ -64,6 +65,16 @@ class Result {
   int64_t numbers_ = 0;
   Workspace<A> memory_;
 };
+
+// What other threads have just written comes line by line from their caches: all lines are under way at the same time
+// where a product would ask for a few at a time. Of more than some the first would be gone again.
+// Inlined, as a call of a function that only asks counts as one that does nothing.
+template <class T>
+FASTSEQ_INLINE void ask_for(const T* from, int64_t ld, int64_t rows, int64_t numbers) {
+  if (rows * numbers * static_cast<int64_t>(sizeof(T)) > kBytesToAskFor) return;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < numbers; i += kLineNumbers<T>) __builtin_prefetch(from + r * ld + i);
+}
 
 // A direction walks the steps s = 0..T-1 in its own order: t = s, or t = T-1-s for the reverse one.
 struct Walk {

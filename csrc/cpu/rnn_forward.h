@@ -170,7 +170,7 @@ class ForwardDirection {
       const int64_t t = walk_.time(s);
       Segment pieces[2];
       const int n = segments(walk_, t, mine, pieces);
-      for (int i = 0; i < n; ++i) step(t, pieces[i], units);
+      for (int i = 0; i < n; ++i) step(t, pieces[i], units, share.members > 1);
       if (!meet()) return;
       if (p_->proj_size) {
         if (n) project_hidden(t, {pieces[0].rows.begin, pieces[n - 1].rows.end}, outputs);
@@ -232,10 +232,11 @@ class ForwardDirection {
     }
   }
 
-  void step(int64_t t, const Segment& piece, Range units) {
+  void step(int64_t t, const Segment& piece, Range units, bool shared) {
     const int64_t n0 = p_->schedule.offset(t);
     const T* h_prev = piece.initial ? h0_ : output_row(p_->schedule.offset(walk_.previous(t).from));
     const int64_t ldh = piece.initial ? hout_ : ldo_;
+    if (shared) ask_for(h_prev + piece.rows.begin * ldh, ldh, piece.rows.end - piece.rows.begin, hout_);
     const bool zero_state = piece.initial && !p_->h0;  // 0 W_hh^T needs no product
     const KPiece k[1] = {{0, zero_state ? 0 : hout_}};
     for (int64_t r0 = piece.rows.begin; r0 < piece.rows.end; r0 += kRowBlock) {
