@@ -165,7 +165,7 @@ FASTSEQ_INLINE void gemm_tile(int64_t rows, const typename Terms<T>::Left* a, in
   }
 }
 
-// Rows of A, as many numbers from one to the next, from one step to the next, and from one tile's rows to the next's.
+// Rows of A: `count` of them, and how many numbers lie from one row, one step and one tile to the next.
 template <class T>
 struct GemmRows {
   const typename Terms<T>::Left* data;
@@ -182,7 +182,7 @@ void gemm_panel(const GemmRows<T>& a, const T* panel, int64_t k_size, Compute<T>
   using A = Compute<T>;
   using V = Vec<A>;
   constexpr int64_t width = NV * V::size, panel_width = PV * V::size, count = Terms<T>::count;
-  constexpr int64_t line = kLineNumbers<T>, lines = NV * V::size * count / line;
+  constexpr int64_t line = kLineNumbers<T>, lines = width * count / line;
   alignas(64) A sums[kGemmRows * width];
   const bool narrow = columns < width;  // all chains' sums lie there
   const auto each_vector = [&](const auto& use) {

@@ -68,7 +68,7 @@ class Result {
 
 // What other threads have just written comes line by line from their caches: all lines are under way at the same time
 // where a product would ask for a few at a time. Of more than some the first would be gone again.
-// Inlined, as a call of a function that only asks counts as one that does nothing.
+// Inlined: GCC leaves out a call of a function that does nothing else.
 template <class T>
 FASTSEQ_INLINE void ask_for(const T* from, int64_t ld, int64_t rows, int64_t numbers) {
   if (rows * numbers * static_cast<int64_t>(sizeof(T)) > kBytesToAskFor) return;
