@@ -232,17 +232,3 @@ struct VisibleKeys {
     return {begin < 0 ? 0 : begin < n ? begin : n, end < 0 ? 0 : end < n ? end : n};
   }
 };
-
-// Tasks that threads take one after another.
-template <class F>
-void parallel_tasks(int threads, int64_t tasks, const F& make_worker) {
-  int64_t next = 0;
-  parallel(threads < tasks ? threads : static_cast<int>(tasks), [&](int, int) {
-    auto worker = make_worker();
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks) return;
-      worker(task);
-    }
-  });
-}

@@ -17,6 +17,12 @@ constexpr int64_t kGemmTilesToTake = 4;
 constexpr int64_t kGemmToTake = 1 << 22;
 constexpr int64_t kGemmNumbersToTake = 1 << 13;  // likewise of B to pack, as members ask one another for the next piece
 
+// How many of some threads share a product.
+inline int gemm_team(int threads, int64_t m, int64_t n, int64_t k) {
+  const int64_t parts = (m > n ? m : n) / kGemmPart;  // every thread has work
+  return m * n * k < kGemmToShare || parts < 1 ? 1 : parts < threads ? static_cast<int>(parts) : threads;
+}
+
 // The same for so few rows of A that packing B would cost as much as the product: B is read where it lies.
 template <class T>
 void gemm_few_rows(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b,
@@ -40,15 +46,36 @@ void gemm_few_rows(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>
   });
 }
 
-// All of B, as gemm_by_gates() takes it packed: GemmPanels<T, Gates>(n, k).numbers().
+// The same for so few columns of B, where A's columns lie in memory: C^T = B^T A^T, of few rows.
+template <class T>
+void gemm_few_columns(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b,
+                      bool accumulate, T* c, int64_t ldc) {
+  const bool in_place = n == 1 && b.row == 1 && ldc == 1;
+  if (in_place) return gemm_few_rows(threads, 1, m, k, rows_of(b.data, k), rows_of(a.data, a.column), accumulate, c, m);
+  Workspace<T> b_memory, c_memory;
+  T *const left = b_memory.allocate(n * k), *const sums = c_memory.allocate(n * m);
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t i = 0; i < k; ++i) left[j * k + i] = b.data[i * b.row + j * b.column];
+  gemm_few_rows(threads, n, m, k, rows_of<T>(left, k), rows_of(a.data, a.column), false, sums, m);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      T& to = c[i * ldc + j];
+      to = accumulate ? to + sums[j * m + i] : sums[j * m + i];
+    }
+}
+
+// All of B, as gemm_by_gates() takes it packed: GemmPanels<T, Gates>(n, k).numbers(). Its panel i of blocks * panels.
+template <int Gates, class T>
+void gemm_pack_panel(int64_t n, int64_t k, const Matrix<T>& b, int64_t i, T* to) {
+  const GemmPanels<T, Gates> layout(n, k);
+  const int64_t block = i / layout.panels, j = i % layout.panels, k0 = block * layout.depth;
+  pack_b<Gates>(b, k0, k - k0 < layout.depth ? k - k0 : layout.depth, n, j,
+                to + block * layout.block_numbers + j * layout.panel_stride);
+}
 template <int Gates, class T>
 void gemm_pack(int threads, int64_t n, int64_t k, const Matrix<T>& b, T* to) {
   const GemmPanels<T, Gates> layout(n, k);
-  parallel_for(threads, layout.blocks * layout.panels, [&](int64_t i) {
-    const int64_t block = i / layout.panels, j = i % layout.panels, k0 = block * layout.depth;
-    pack_b<Gates>(b, k0, k - k0 < layout.depth ? k - k0 : layout.depth, n, j,
-                  to + block * layout.block_numbers + j * layout.panel_stride);
-  });
+  parallel_for(threads, layout.blocks * layout.panels, [&](int64_t i) { gemm_pack_panel<Gates>(n, k, b, i, to); });
 }
 
 // How far a team is with a block of K.
@@ -85,8 +112,7 @@ class Gemm {
 
   // The longer side is shared.
   void run(int threads) {
-    const int64_t parts = (m_ > c_.columns ? m_ : c_.columns) / kGemmPart;  // every thread has work
-    team_ = m_ * c_.columns * k_ < kGemmToShare || parts < 1 ? 1 : parts < threads ? static_cast<int>(parts) : threads;
+    team_ = gemm_team(threads, m_, c_.columns, k_);
     a_numbers_ = packs(a_) ? kGemmRows * padded_terms<T>(layout_.depth) : 0;
     a_memory_.allocate(team_ * a_numbers_);
     if (team_ == 1 || (tiles_ < layout_.panels && tiles_ < 8 * team_)) {
@@ -223,9 +249,12 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
       for (int64_t i = 0; i < m; ++i) memset(c + i * ldc, 0, n * sizeof(Compute<T>));
     return;
   }
-  if constexpr (Terms<T>::count == 1)  // rows of pairs lie nowhere
+  if constexpr (Terms<T>::count == 1) {  // rows of pairs lie nowhere
     if (m <= kRowsInPlace && a.column == 1 && b.column == 1)
       return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
+    if (n <= kRowsInPlace && a.row == 1 && a.column > 1)
+      return gemm_few_columns(threads, m, n, k, a, b, accumulate, c, ldc);
+  }
   Gemm<T, 1>(m, n, k, a, b, accumulate, {c, ldc, PanelShape<T, 1>::width, n}, packed_b).run(threads);
 }
 

@@ -47,11 +47,11 @@ int64_t Crowd::until_ = 0;
 
 // Runs f(member, team) on up to `threads` threads; serially inside another region, in a forked child, whose OpenMP
 // threads did not survive the fork, and where others keep the machine busy. Fewer members may come than were asked for:
-// f must use the `team` it is told, and every member has work, or waiting for the others counts as a stall. Workers
-// take over the caller's floating-point mode. libgomp's entry point is called by name, as GCC's own code does, since
-// Clang's would bring a second OpenMP runtime into the process.
+// f must use the `team` it is told, and every member has as much work, or is `uneven`: else waiting for the others
+// counts as a stall. Workers take over the caller's floating-point mode. libgomp's entry point is called by name, as
+// GCC's own code does, since Clang's would bring a second OpenMP runtime into the process.
 template <class F>
-void parallel(int threads, const F& f) {
+void parallel(int threads, const F& f, bool uneven = false) {
   if (threads <= 1 || omp_in_parallel() || in_forked_child() || Crowd::alone()) {
     const AmxScope scope;
     f(0, 1);
@@ -77,7 +77,7 @@ void parallel(int threads, const F& f) {
   const int64_t begin = Crowd::now();
   GOMP_parallel(&Region::enter, &region, static_cast<unsigned>(threads), 0);
   const int64_t own = region.done - begin, waited = Crowd::now() - region.done;
-  if (waited > Crowd::kStall + own) Crowd::stalled(waited);
+  if (!uneven && waited > Crowd::kStall + own) Crowd::stalled(waited);
 }
 
 struct Range {
@@ -94,6 +94,21 @@ void parallel_for(int threads, int64_t size, const F& f) {
     const Range mine = part(size, member, team);
     for (int64_t i = mine.begin; i < mine.end; ++i) f(i);
   });
+}
+
+// Tasks that threads take one after another; uneven ones take any time.
+template <class F>
+void parallel_tasks(int threads, int64_t tasks, const F& make_worker, bool uneven = false) {
+  int64_t next = 0;
+  const auto work = [&](int, int) {
+    auto worker = make_worker();
+    for (;;) {
+      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (task >= tasks) return;
+      worker(task);
+    }
+  };
+  parallel(threads < tasks ? threads : static_cast<int>(tasks), work, uneven);
 }
 
 // One member's part of what a team shares, and how often it has met the others at their barrier.

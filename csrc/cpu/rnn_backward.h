@@ -124,28 +124,28 @@ class BackwardDirection {
     }
   }
 
-  // What the chunk's dg gives, one product or reduction each; `first` overwrites, later chunks add.
-  void gradients(bool first, A* dx, bool add_to_dx) {
-    const int64_t rows = rows_.end - rows_.begin, I = p_->input_size;
-    const int threads = p_->threads;
-    if (dx)
-      gemm(threads, rows, I, GH_, rows_of(dg_.get(), ldg_), rows_of(w_.w_ih, I), add_to_dx, dx + rows_.begin * I, I);
-    if (A* out = d_w_ih_.get())
-      gemm(threads, GH_, I, rows, columns_of(dg_.get(), ldg_), rows_of(p_->x + rows_.begin * I, I), !first, out, I);
-    if (A* out = d_w_hh_.get()) weight_hh(first, out);
-    if (A* out = d_w_hr_.get())
-      gemm(threads, hout_, H_, rows, columns_of(d_projected_.get(), hout_),
-           rows_of(p_->emitted[d_] + rows_.begin * H_, H_), !first, out, H_);
-    if (A* out = d_b_ih_.get()) column_sums(threads, dg_.get(), ldg_, rows, GH_, !first, out);
-    if (A* out = d_b_hh_.get()) {
-      constexpr bool same = Cell::runs == 1 && Cell::grads == Cell::gates;  // dgh is dgx
-      if (same && d_b_ih_.get()) {
-        memcpy(out, d_b_ih_.get(), GH_ * sizeof(A));
+  // What the chunk's dg gives, one product or reduction each; `first` overwrites, later chunks add. Those that are too
+  // small for a team are done side by side, as soon as they are worth it where the steps were shared and each thread
+  // has some of dg already.
+  void gradients(bool first, A* dx, bool add_to_dx, bool steps_shared) {
+    // dgh is dgx.
+    const bool one_bias = Cell::runs == 1 && Cell::grads == Cell::gates && d_b_ih_.get() && d_b_hh_.get();
+    int small[kGradients];
+    int64_t count = 0, work = 0;
+    for (int which = 0; which < kGradients; ++which) {
+      if (!(which == kInput ? dx : sum_of(which)) || (which == kBiasHh && one_bias)) continue;
+      const Size size = size_of(which);
+      if (gemm_team(p_->threads, size.m, size.n, size.k) > 1) {
+        gradient(which, p_->threads, first, dx, add_to_dx);
       } else {
-        for (const GateRun& run : Cell::hidden_runs)
-          column_sums(threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first, out + run.gate * H_);
+        small[count++] = which;
+        work += size.m * size.n * size.k;
       }
     }
+    const bool shared = work >= (steps_shared ? kGemmToShare : kGradientsToShare);
+    const auto worker = [&](int64_t i) { gradient(small[i], 1, first, dx, add_to_dx); };
+    parallel_tasks(shared ? p_->threads : 1, count, [&] { return worker; }, true);
+    if (one_bias) memcpy(d_b_hh_.get(), d_b_ih_.get(), GH_ * sizeof(A));
   }
 
   void finish_weights() {
@@ -267,7 +267,59 @@ class BackwardDirection {
     }
   }
 
-  void weight_hh(bool first, A* out) {
+  // What a chunk's dg gives.
+  enum Gradient { kWeightIh, kWeightHh, kWeightHr, kInput, kBiasIh, kBiasHh, kGradients };
+  struct Size {
+    int64_t m, n, k;
+  };
+  Size size_of(int which) const {
+    const int64_t rows = rows_.end - rows_.begin, I = p_->input_size;
+    switch (which) {
+      case kInput:
+        return {rows, I, GH_};
+      case kWeightIh:
+        return {GH_, I, rows};
+      case kWeightHh:
+        return {GH_, hout_, rows};
+      case kWeightHr:
+        return {hout_, H_, rows};
+      default:
+        return {1, GH_, rows};
+    }
+  }
+  A* sum_of(int which) const {
+    const Result<T>* const all[kGradients] = {&d_w_ih_, &d_w_hh_, &d_w_hr_, nullptr, &d_b_ih_, &d_b_hh_};
+    return all[which] ? all[which]->get() : nullptr;
+  }
+  void gradient(int which, int threads, bool first, A* dx, bool add_to_dx) {
+    const int64_t rows = rows_.end - rows_.begin, I = p_->input_size;
+    switch (which) {
+      case kInput:
+        gemm(threads, rows, I, GH_, rows_of(dg_.get(), ldg_), rows_of(w_.w_ih, I), add_to_dx, dx + rows_.begin * I, I);
+        break;
+      case kWeightIh:
+        gemm(threads, GH_, I, rows, columns_of(dg_.get(), ldg_), rows_of(p_->x + rows_.begin * I, I), !first,
+             d_w_ih_.get(), I);
+        break;
+      case kWeightHh:
+        weight_hh(threads, first, d_w_hh_.get());
+        break;
+      case kWeightHr:
+        gemm(threads, hout_, H_, rows, columns_of(d_projected_.get(), hout_),
+             rows_of(p_->emitted[d_] + rows_.begin * H_, H_), !first, d_w_hr_.get(), H_);
+        break;
+      case kBiasIh:
+        column_sums(threads, dg_.get(), ldg_, rows, GH_, !first, d_b_ih_.get());
+        break;
+      case kBiasHh:
+        for (const GateRun& run : Cell::hidden_runs)
+          column_sums(
+              threads, dg_.get() + run.plane * H_, ldg_, rows, run.count * H_, !first, d_b_hh_.get() + run.gate * H_);
+        break;
+    }
+  }
+
+  void weight_hh(int threads, bool first, A* out) {
     const Schedule& schedule = p_->schedule;
     const int64_t B = schedule.batch;
     if (schedule.batch_sizes) {  // a row's predecessor is at no fixed distance: gather
@@ -282,7 +334,7 @@ class BackwardDirection {
           memcpy(h_prev_.get() + (n0 + r - rows_.begin) * hout_, from, hout_ * sizeof(T));
         }
       }
-      accumulate_hh(rows_.begin, rows_.end - rows_.begin, h_prev_.get(), hout_, !first, out);
+      accumulate_hh(threads, rows_.begin, rows_.end - rows_.begin, h_prev_.get(), hout_, !first, out);
       return;
     }
     // Dense: h_prev of packed row n is output row n -+ B, but for the first step of the walk.
@@ -290,20 +342,21 @@ class BackwardDirection {
     const bool has_edge = rows_.begin <= edge && edge < rows_.end;
     bool accumulate = !first;
     if (has_edge && initial_h()) {
-      accumulate_hh(edge, B, initial_h(), hout_, accumulate, out);
+      accumulate_hh(threads, edge, B, initial_h(), hout_, accumulate, out);
       accumulate = true;
     }
     const int64_t begin = has_edge && !walk_.reverse ? B : rows_.begin;
     const int64_t end = has_edge && walk_.reverse ? edge : rows_.end;
     if (end > begin) {
-      accumulate_hh(begin, end - begin, output_row(walk_.reverse ? begin + B : begin - B), ldo_, accumulate, out);
+      accumulate_hh(
+          threads, begin, end - begin, output_row(walk_.reverse ? begin + B : begin - B), ldo_, accumulate, out);
     } else if (!accumulate) {
       memset(out, 0, GH_ * hout_ * sizeof(A));
     }
   }
-  void accumulate_hh(int64_t n, int64_t rows, const T* h_prev, int64_t ldh, bool accumulate, A* out) {
+  void accumulate_hh(int threads, int64_t n, int64_t rows, const T* h_prev, int64_t ldh, bool accumulate, A* out) {
     for (const GateRun& run : Cell::hidden_runs)
-      gemm(p_->threads, run.count * H_, hout_, rows, columns_of(dg_row(n) + run.plane * H_, ldg_), rows_of(h_prev, ldh),
+      gemm(threads, run.count * H_, hout_, rows, columns_of(dg_row(n) + run.plane * H_, ldg_), rows_of(h_prev, ldh),
            accumulate, out + run.gate * H_ * hout_, hout_);
   }
 
@@ -326,7 +379,7 @@ void rnn_backward(const RnnBackward<T>& p) {
   BackwardDirection<Cell, T> directions[2];
   const int64_t T_ = p.schedule.steps;
   const int64_t row_bytes = Cell::grads * p.hidden_size * sizeof(T);
-  const int64_t chunk = steps_per_chunk(p.schedule, row_bytes, kBackwardChunkBytes, kBackwardChunkRows);
+  const int64_t chunk = steps_per_chunk(p.schedule.batch, row_bytes, kBackwardChunkBytes, kBackwardChunkRows);
   for (int d = 0; d < p.directions; ++d) directions[d].prepare(p, d, chunk);
   if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
     const int64_t panels = directions[0].panels();
@@ -337,18 +390,22 @@ void rnn_backward(const RnnBackward<T>& p) {
     dx.open(p.dx, p.schedule.total_rows() * p.input_size);
     if (p.dx && dx_from_zero) memset(dx.get(), 0, p.schedule.total_rows() * p.input_size * sizeof(Compute<T>));
     RowShares shares[2];
-    const int64_t piece = steps_to_measure<T>(p.threads, p.schedule, p.directions, directions[0].work());
+    const Work work = directions[0].work();
+    const Plan plan = make_plan(p.threads, p.directions, p.schedule.batch, work);
+    const bool steps_shared = plan.tasks() * plan.members > 1;
+    const int64_t piece = steps_to_measure<T>(plan, p.schedule, work);
     for (int64_t s1 = T_; s1 > 0; s1 -= chunk) {
       const int64_t s0 = s1 > chunk ? s1 - chunk : 0;
       for (int d = 0; d < p.directions; ++d) directions[d].begin_chunk(s0, s1);
       for (int64_t end = s1; end > s0; end -= piece) {
         const int64_t begin = end - s0 > piece ? end - piece : s0;
-        run_plan(p.threads, p.schedule, {begin, end}, p.directions, directions[0].work(), shares,
+        run_plan(p.threads, p.schedule, {begin, end}, p.directions, work, shares,
                  [&](int d, Range rows, Share share, Barrier& barrier) {
                    directions[d].run(begin, end, rows, share, barrier);
                  });
       }
-      for (int d = 0; d < p.directions; ++d) directions[d].gradients(s1 == T_, dx.get(), dx_from_zero || d == 1);
+      for (int d = 0; d < p.directions; ++d)
+        directions[d].gradients(s1 == T_, dx.get(), dx_from_zero || d == 1, steps_shared);
     }
     dx.close(p.threads);
     for (int d = 0; d < p.directions; ++d) directions[d].finish_weights();

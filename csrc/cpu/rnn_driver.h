@@ -4,9 +4,10 @@
 // Measured on two cores with AVX2 (docs/performance.md). None changes a bit of the recurrent products.
 constexpr int64_t kStepsToPack = 8;  // packing costs a few steps: a shorter sequence reads the weights in place
 constexpr int64_t kRowsToPack = 16;  // backward packs for a few steps of so many rows, too
-constexpr int64_t kWorkToShareUnits = 45000;  // a step of fewer multiplications is done before a barrier is
-constexpr int64_t kRowsToShareRows = 6;       // rows a thread needs to be worth its own pass over the weights
-constexpr int64_t kNumbersToShare = 131072;   // numbers to add or multiply, likewise
+constexpr int64_t kWorkToShareUnits = 45000;    // a step of fewer multiplications is done before a barrier is
+constexpr int64_t kRowsToShareRows = 6;         // rows a thread needs to be worth its own pass over the weights
+constexpr int64_t kNumbersToShare = 131072;     // numbers to add or multiply, likewise
+constexpr int64_t kGradientsToShare = 1 << 22;  // multiplications of small products whose operands one thread has
 // More weights than a core's own cache holds, and few rows to make up for reading them: each thread reads its share of
 // them at a step, rather than all of them for its rows.
 constexpr int64_t kWeightsToStream = 1 << 18;
@@ -16,10 +17,9 @@ constexpr int64_t kBytesToAskFor = 16 << 10;      // of what other members compu
 constexpr int64_t kWorkToMeasure = 1 << 26;       // a thread's multiplications that tell how fast it is
 constexpr int64_t kWorkToMeasureInAmx = 1 << 29;  // takes about as long
 constexpr int64_t kBytesToFold = 1 << 20;         // of W_ih and W_hh, of which each step then reads both
-constexpr int64_t kChunkBytes = 2 << 20;          // gx computed ahead of the steps
+constexpr int64_t kChunkBytes = 2 << 20;          // gx that threads compute together ahead of the steps
 constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
-// Where as small a W_ih leaves a core's own cache room for it, of one thread: threads meet after every chunk.
-constexpr int64_t kChunkBytesNear = 1 << 19;
+constexpr int64_t kChunkBytesNear = 1 << 19;      // gx that a thread computes for itself: its own cache holds it
 constexpr int64_t kBackwardChunkBytes = 4 << 20;  // dg kept for the weight gradients
 constexpr int64_t kBackwardChunkRows = 2048;      // at least: their products pack what they multiply once a chunk
 
@@ -93,6 +93,11 @@ struct Walk {
     const int64_t there = schedule->rows(from), here = schedule->rows(t);
     return {there < here ? there : here, from};
   }
+  // The rows of `mine` that are alive at t.
+  Range alive(int64_t t, Range mine) const {
+    const int64_t rows = schedule->rows(t), end = mine.end < rows ? mine.end : rows;
+    return {mine.begin, end > mine.begin ? end : mine.begin};
+  }
   // The packed rows that steps [s0, s1) read and write.
   Range packed_rows(int64_t s0, int64_t s1) const {
     const int64_t a = time(s0), b = time(s1 - 1);
@@ -108,7 +113,7 @@ struct Segment {
 };
 // The rows of `mine` that are alive at t, in at most two segments; returns how many.
 inline int segments(const Walk& walk, int64_t t, Range mine, Segment out[2]) {
-  const int64_t alive = walk.schedule->rows(t), end = mine.end < alive ? mine.end : alive;
+  const int64_t end = walk.alive(t, mine).end;
   const int64_t carried = walk.previous(t).carried;
   const int64_t split = carried < mine.begin ? mine.begin : carried < end ? carried : end;
   int n = 0;
@@ -260,19 +265,18 @@ void run_plan(int threads, const Schedule& schedule, Range steps, int directions
 
 // Steps after which it pays to look at how the rows are shared; all, where they are not.
 template <class T>
-int64_t steps_to_measure(int threads, const Schedule& schedule, int directions, const Work& work) {
-  const Plan plan = make_plan(threads, directions, schedule.batch, work);
+int64_t steps_to_measure(const Plan& plan, const Schedule& schedule, const Work& work) {
   const int64_t of_a_step = work.weights * schedule.batch / plan.row_groups;
   if (plan.row_groups == 1 || of_a_step <= 0) return schedule.steps > 0 ? schedule.steps : 1;
   const int64_t enough = kInAmx<T> ? kWorkToMeasureInAmx : kWorkToMeasure;
   return (enough + of_a_step - 1) / of_a_step;
 }
 
-// Steps whose GEMM runs together: enough rows for it to run at speed, few enough for the memory it may take.
-inline int64_t steps_per_chunk(const Schedule& schedule, int64_t bytes_per_row, int64_t target_bytes,
-                               int64_t least_rows) {
+// Steps whose GEMM runs together, of so many rows each: enough rows for it to run at speed, few enough for the memory
+// it may take.
+inline int64_t steps_per_chunk(int64_t step_rows, int64_t bytes_per_row, int64_t target_bytes, int64_t least_rows) {
   int64_t rows = target_bytes / (bytes_per_row > 0 ? bytes_per_row : 1);
   if (rows < least_rows) rows = least_rows;
-  const int64_t steps = rows / (schedule.batch > 0 ? schedule.batch : 1);
+  const int64_t steps = rows / (step_rows > 0 ? step_rows : 1);
   return steps < 1 ? 1 : steps;
 }

@@ -4,8 +4,9 @@
 //                              for each step: gh = h W_hh^T a block of units at a time, Cell::update on the sums, h
 //                              stored
 //
-// Threads share rows when there are enough, else units, with a barrier a step (rnn_driver.h). Of a few steps the
-// weights are not packed, gx is computed in the same region as the steps, and threads share units alone.
+// Threads share rows when there are enough, else units, with a barrier a step (rnn_driver.h). Who has rows to himself
+// computes their gx, too, some steps ahead. Of a few steps the weights are not packed, gx is computed in the same
+// region as the steps, and threads share units alone.
 #pragma once
 
 // The weights of a direction as the steps and the input projection take them packed, one after another: W_hh, W_hr,
@@ -67,7 +68,6 @@ class ForwardDirection {
     const int64_t B = p.schedule.batch;
     const T* ready = packed_ ? p.packed[d_] : nullptr;
     if (Cell::kept > 0) kept_ = p.kept[d_];
-    in_kept_ = kSameType && kept_ && !ready;
     const PackedDirection<Cell, T> at(p);
     const T* const ready_w_ih = ready ? ready + at.w_ih : nullptr;
     hidden_.prepare(w_.w_hh, hout_, H_, hout_, packed_, ready);
@@ -100,13 +100,6 @@ class ForwardDirection {
     const int64_t weights = Cell::gates * H_ * (hout_ + (packed_ && !folded_ ? 0 : p_->input_size));
     return {weights, hidden_.parts(p_->schedule.batch), !packed_, kWeightsToStream};
   }
-  int64_t panels() const { return hidden_.panels() + projection_.panels() + (folded_ ? input_.panels() : 0); }
-  void pack(int64_t i) {
-    if (i < hidden_.panels()) return hidden_.pack(i);
-    i -= hidden_.panels();
-    i < projection_.panels() ? projection_.pack(i) : input_.pack(i - projection_.panels());
-  }
-
   // Whether gx is computed at each step, a panel's while its gates are due, and lies nowhere: AMX is done so soon that
   // writing and reading it counts. Where both weights stay in a core's own cache, and rows make up for reading W_ih as
   // often.
@@ -116,27 +109,62 @@ class ForwardDirection {
     return p.input_size <= kGemmK && weights * static_cast<int64_t>(sizeof(T)) <= kBytesToFold &&
            p.schedule.batch >= kRowBlock && p.schedule.batch / p.threads >= kRowBlock / 2;
   }
-  bool folded() const { return folded_; }
 
-  // gx comes in chunks, of so many rows at most.
-  void reserve_gx(int64_t chunk_rows, int64_t chunks) {
-    if (folded_) return;
-    if (!gx_elsewhere()) gx_memory_.allocate(chunk_rows * gx_numbers(H_));
-    if (!packed_ || chunks <= 1 || panels_w_ih_) return;
-    const auto pack_for_all = [&](auto gates, int64_t n) {
-      constexpr int G = decltype(gates)::value;
-      const int64_t I = p_->input_size;
-      T* const panels = w_ih_memory_.allocate(GemmPanels<T, G>(n, I).numbers());
-      gemm_pack<G>(p_->threads, n, I, columns_of(w_.w_ih, I), panels);
-      panels_w_ih_ = panels;
-    };
-    gx_elsewhere() ? pack_for_all(Part<1>{}, Cell::gates * H_) : pack_for_all(Part<Cell::gates>{}, H_);
+  // How gx comes and where it lies; returns how many steps run() gets at a time.
+  int64_t plan_gx(const Plan& plan) {
+    const Schedule& schedule = p_->schedule;
+    const int64_t measured = steps_to_measure<T>(plan, schedule, work());
+    if (folded_) return measured;
+    const int64_t I = p_->input_size, row_bytes = gx_numbers(H_) * sizeof(A);
+    const bool alone = packed_ && plan.members == 1;
+    if constexpr (kSameType) {
+      if (!alone || plan.tasks() == 1) {
+        in_kept_ = kept_ && !p_->packed[d_];
+        in_output_ = Cell::gates == 1 && Cell::kept == 0 && !p_->proj_size;
+      }
+    }
+    apart_ = alone && !gx_elsewhere();
+    if (alone) {
+      const int64_t rows = (schedule.batch + plan.row_groups - 1) / plan.row_groups;
+      const bool far = kInAmx<T> && gx_numbers(H_) * I * static_cast<int64_t>(sizeof(T)) >= kGemmBytesFar;
+      gx_steps_ = steps_per_chunk(rows, row_bytes, kChunkBytesNear, far ? kChunkRows : kGemmRows);
+    } else {
+      gx_steps_ = steps_per_chunk(schedule.batch, row_bytes, kChunkBytes, kChunkRows);
+    }
+    const bool one_piece = gx_steps_ >= schedule.steps;
+    if (one_piece) gx_steps_ = schedule.steps;
+    if (!gx_elsewhere()) gx_memory_.allocate(schedule.batch * gx_steps_ * gx_numbers(H_));
+    if (packed_ && !panels_w_ih_ && (apart_ || !one_piece)) {
+      const auto lie = [&](const auto& layout) {
+        w_ih_panels_ = layout.blocks * layout.panels;
+        panels_w_ih_ = w_ih_memory_.allocate(layout.numbers());
+      };
+      gx_elsewhere() ? lie(GemmPanels<T>(Cell::gates * H_, I)) : lie(GemmPanels<T, Cell::gates>(H_, I));
+    }
+    return apart_ ? (measured + gx_steps_ - 1) / gx_steps_ * gx_steps_ : gx_steps_;
   }
   // Numbers of gx that a row takes.
   static int64_t gx_numbers(int64_t hidden_size) { return Hidden::blocks(hidden_size) * Hidden::width; }
-  // gx of steps [s0, s1), without the bias.
+
+  // The weights, in pieces that threads share.
+  int64_t panels() const {
+    return hidden_.panels() + projection_.panels() + (folded_ ? input_.panels() : w_ih_panels_);
+  }
+  void pack(int64_t i) {
+    if (i < hidden_.panels()) return hidden_.pack(i);
+    i -= hidden_.panels();
+    if (i < projection_.panels()) return projection_.pack(i);
+    i -= projection_.panels();
+    if (folded_) return input_.pack(i);
+    const int64_t I = p_->input_size;
+    const Matrix<T> w_ih = columns_of(w_.w_ih, I);
+    gx_elsewhere() ? gemm_pack_panel<1>(Cell::gates * H_, I, w_ih, i, w_ih_memory_.get())
+                   : gemm_pack_panel<Cell::gates>(H_, I, w_ih, i, w_ih_memory_.get());
+  }
+
+  // gx of steps [s0, s1), without the bias, where all threads compute it together.
   void project_input(int64_t s0, int64_t s1) {
-    if (folded_) return;
+    if (folded_ || apart_) return;
     const Range rows = walk_.packed_rows(s0, s1);
     const int64_t count = rows.end - rows.begin, I = p_->input_size;
     const Matrix<T> x = rows_of(p_->x + rows.begin * I, I);
@@ -146,7 +174,7 @@ class ForwardDirection {
       return;
     }
     if constexpr (kSameType) {
-      gx_ = {in_output() ? p_->output + d_ * hout_ : kept_, in_output() ? ldo_ : Cell::kept * H_, Hidden::units, H_};
+      gx_ = {in_output_ ? p_->output + d_ * hout_ : kept_, in_output_ ? ldo_ : Cell::kept * H_, Hidden::units, H_};
       if (packed_)
         gemm(p_->threads, count, Cell::gates * H_, I, x, columns_of(w_.w_ih, I), false, gx_.data + rows.begin * gx_.row,
              gx_.row, panels_w_ih_);
@@ -155,6 +183,7 @@ class ForwardDirection {
 
   // Steps [s0, s1) of some rows, this member's share of their units.
   void run(int64_t s0, int64_t s1, Range mine, Share share, Barrier& barrier) {
+    if (apart_) return run_apart(s0, s1, mine);
     const int64_t rows = mine.end - mine.begin;
     Range units = hidden_.part_of(share, rows), outputs = projection_.part_of(share, rows);
     // False for the members whom member 0 goes on without.
@@ -170,7 +199,7 @@ class ForwardDirection {
       const int64_t t = walk_.time(s);
       Segment pieces[2];
       const int n = segments(walk_, t, mine, pieces);
-      for (int i = 0; i < n; ++i) step(t, pieces[i], units, share.members > 1);
+      for (int i = 0; i < n; ++i) step(t, pieces[i], units, gx_, share.members > 1);
       if (!meet()) return;
       if (p_->proj_size) {
         if (n) project_hidden(t, {pieces[0].rows.begin, pieces[n - 1].rows.end}, outputs);
@@ -207,12 +236,46 @@ class ForwardDirection {
       return data + n * row + vector / Hidden::unit_vectors * panel + vector % Hidden::unit_vectors * V::size;
     }
   };
-  // Where gx takes no memory of its own: what comes of it overwrites it.
-  bool in_output() const { return kSameType && Cell::gates == 1 && Cell::kept == 0 && !p_->proj_size; }
-  bool gx_elsewhere() const { return in_output() || in_kept_; }
+  bool gx_elsewhere() const { return in_output_ || in_kept_; }
   T* output_row(int64_t n) const { return p_->output + n * ldo_ + d_ * hout_; }
   T* emitted_row(int64_t n, int64_t r) const {
     return p_->emitted[d_] ? p_->emitted[d_] + n * H_ : emitted_.get() + r * H_;
+  }
+
+  // Steps [s0, s1) of rows that nobody else computes. Their gx, side by side whatever rows are beside them, is in this
+  // core's own cache when a step reads it.
+  void run_apart(int64_t s0, int64_t s1, Range mine) {
+    const int64_t I = p_->input_size, width = Hidden::width;
+    const Range units{0, hidden_.vectors()}, outputs{0, projection_.vectors()};
+    A* const own = gx_memory_.get() + mine.begin * gx_steps_ * gx_numbers(H_);
+    const bool in_order = mine.end - mine.begin == p_->schedule.batch && !walk_.reverse;
+    Workspace<T> memory;
+    T* const gathered = in_order ? nullptr : memory.allocate((mine.end - mine.begin) * gx_steps_ * I);
+    for (int64_t begin = s0; begin < s1; begin += gx_steps_) {
+      const int64_t end = begin + gx_steps_ < s1 ? begin + gx_steps_ : s1;
+      int64_t count = 0;  // rows of all steps
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t t = walk_.time(s);
+        const Range rows = walk_.alive(t, mine);
+        if (gathered)
+          memcpy(gathered + count * I, p_->x + (p_->schedule.offset(t) + rows.begin) * I,
+                 (rows.end - rows.begin) * I * sizeof(T));
+        count += rows.end - rows.begin;
+      }
+      const T* const x = gathered ? gathered : p_->x + p_->schedule.offset(begin) * I;
+      gemm_by_gates<Cell::gates>(1, count, H_, I, rows_of(x, I), w_.w_ih, I, own, panels_w_ih_);
+      int64_t done = 0;
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t t = walk_.time(s);
+        const Range rows = walk_.alive(t, mine);
+        const Gx gx{own + (done - p_->schedule.offset(t) - rows.begin) * width, width, count * width, Hidden::units};
+        done += rows.end - rows.begin;
+        Segment pieces[2];
+        const int n = segments(walk_, t, mine, pieces);
+        for (int i = 0; i < n; ++i) step(t, pieces[i], units, gx, false);
+        if (p_->proj_size && n) project_hidden(t, rows, outputs);
+      }
+    }
   }
 
   // gx of some units alone.
@@ -232,7 +295,7 @@ class ForwardDirection {
     }
   }
 
-  void step(int64_t t, const Segment& piece, Range units, bool shared) {
+  void step(int64_t t, const Segment& piece, Range units, const Gx& gx, bool shared) {
     const int64_t n0 = p_->schedule.offset(t);
     const T* h_prev = piece.initial ? h0_ : output_row(p_->schedule.offset(walk_.previous(t).from));
     const int64_t ldh = piece.initial ? hout_ : ldo_;
@@ -248,9 +311,9 @@ class ForwardDirection {
           hidden_.for_each_amx_block(
               zero_state ? nullptr : h_prev + r0 * ldh, ldh, input_, p_->x + (n0 + r0) * I, I, rows, units, t % 2 == 1,
               [&](int64_t first, int vectors, const A* sums, A* sums_x, int64_t ld_sums) {
-                const Gx gx{sums_x - (n0 + r0) * ld_sums - Hidden::place_of_vector(first), ld_sums, Hidden::width,
-                            Hidden::units};
-                update(n0, r0, rows, first, vectors, gx, sums, ld_sums, h_prev, ldh);
+                const Gx here{sums_x - (n0 + r0) * ld_sums - Hidden::place_of_vector(first), ld_sums, Hidden::width,
+                              Hidden::units};
+                update(n0, r0, rows, first, vectors, here, sums, ld_sums, h_prev, ldh);
               });
           continue;
         }
@@ -258,7 +321,7 @@ class ForwardDirection {
 #endif
       hidden_.for_each_block(h_prev + r0 * ldh, ldh, rows, k, 1, units, t % 2 == 1,
                              [&](int64_t first, int vectors, const A* sums, int64_t ld_sums) {
-                               update(n0, r0, rows, first, vectors, gx_, sums, ld_sums, h_prev, ldh);
+                               update(n0, r0, rows, first, vectors, gx, sums, ld_sums, h_prev, ldh);
                              });
     }
   }
@@ -369,7 +432,10 @@ class ForwardDirection {
   Walk walk_{};
   DirectionWeights<T> w_;
   int64_t H_ = 0, hout_ = 0, ldo_ = 0;
-  bool packed_ = false, folded_ = false, in_kept_ = false;
+  bool packed_ = false, folded_ = false;
+  bool in_output_ = false, in_kept_ = false;  // gx takes no memory of its own: what comes of it overwrites it
+  bool apart_ = false;                        // gx of a thread's rows is computed by that thread
+  int64_t gx_steps_ = 0, w_ih_panels_ = 0;
   typename PackedDirection<Cell, T>::Hidden hidden_, input_;
   typename PackedDirection<Cell, T>::Projection projection_;
   Workspace<T> zeros_, emitted_, w_ih_memory_;
@@ -387,24 +453,18 @@ void rnn_forward(const RnnForward<T>& p) {
   for (int d = 0; d < p.directions; ++d) directions[d].prepare(p, d);
   const int64_t T_ = p.schedule.steps;
   if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
+    const Work work = directions[0].work();
+    const Plan plan = make_plan(p.threads, p.directions, p.schedule.batch, work);
+    int64_t chunk = 0;  // of either direction
+    for (int d = 0; d < p.directions; ++d) chunk = directions[d].plan_gx(plan);
     const int64_t panels = directions[0].panels();
     parallel_for(p.threads, panels * p.directions, [&](int64_t i) { directions[i / panels].pack(i % panels); });
-
-    const int64_t gx_numbers = ForwardDirection<Cell, T>::gx_numbers(p.hidden_size);
-    const bool near = p.threads == 1 && gx_numbers * p.input_size * static_cast<int64_t>(sizeof(T)) <= kChunkBytesNear;
-    const int64_t chunk =
-        directions[0].folded()
-            ? steps_to_measure<T>(p.threads, p.schedule, p.directions, directions[0].work())
-            : steps_per_chunk(p.schedule, gx_numbers * sizeof(Compute<T>), near ? kChunkBytesNear : kChunkBytes,
-                              near ? kGemmRows : kChunkRows);
-    for (int d = 0; d < p.directions; ++d)
-      directions[d].reserve_gx((chunk < T_ ? chunk : T_) * p.schedule.batch, (T_ + chunk - 1) / chunk);
     RowShares shares[2];
     for (int64_t s0 = 0; s0 < T_; s0 += chunk) {
       const int64_t s1 = s0 + chunk < T_ ? s0 + chunk : T_;
       for (int d = 0; d < p.directions; ++d) directions[d].project_input(s0, s1);
       run_plan(
-          p.threads, p.schedule, {s0, s1}, p.directions, directions[0].work(), shares,
+          p.threads, p.schedule, {s0, s1}, p.directions, work, shares,
           [&](int d, Range rows, Share share, Barrier& barrier) { directions[d].run(s0, s1, rows, share, barrier); });
     }
   }

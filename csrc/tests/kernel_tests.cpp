@@ -51,8 +51,9 @@ void check_isa(Report& report, const Kernels& kernels, bool quick) {
         check_case(report, kernels, Case(cell, facts, plain));
       }
       if (quick) return;
-      check_chunks(report, kernels, cell, false);
-      check_chunks(report, kernels, cell, true);
+      check_chunks(report, kernels, cell, 2, false);
+      check_chunks(report, kernels, cell, 2, true);
+      check_chunks(report, kernels, cell, 1, true);
     });
   }
 }

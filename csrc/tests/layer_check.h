@@ -309,10 +309,10 @@ inline void check_case(Report& report, const Kernels& kernels, const Case& c, bo
 
 // So many rows that both drivers work in several chunks of steps: every fourth of them alone is one chunk, and the four
 // parts together must give what the whole gives.
-inline void check_chunks(Report& report, const Kernels& kernels, int cell, bool ragged) {
+inline void check_chunks(Report& report, const Kernels& kernels, int cell, int directions, bool ragged) {
   constexpr int64_t kNumbers = (20 << 20) / sizeof(double), B = 70, H = 8, kParts = 4;
   const CellFacts& facts = kernels.cells[cell];
-  const Case c(cell, facts, {kNumbers / (facts.gates * H * B), B, 2, H, 3, 2, ragged, true, true});
+  const Case c(cell, facts, {kNumbers / (facts.gates * H * B), B, 2, H, 3, directions, ragged, true, true});
   report.where = std::string(kernels.isa) + " double " + c.name();
   const Inputs<double> in = random_inputs(c, 1);
   const Outputs<double> d_out = random_output_gradients(c, 2);
