@@ -407,13 +407,33 @@ def test_bars_are_held_to_the_worst_point_or_the_mean():
     found = {outcome.bar.what: outcome for outcome in bars.outcomes(doc)}
     every = found["inference, T ≥ 16, against the best library"]
     assert every.met and every.points == 2 and every.worst[0] == slow.key and every.reached == pytest.approx(1.1)
-    assert found["the same where B ≤ 4"].met is False
+    assert found["inference, T ≥ 16 and B ≤ 4, against the best library"].met is False
     mean = next(o for o in bars.outcomes(doc) if o.bar.how == "geomean" and o.bar.required == 1.4)
     assert mean.met and mean.reached == pytest.approx(math.sqrt(2.0 * 1.1))
     assert found["one step of one row, H = 256, GRU, against ONNX Runtime"].met
-    assert found["the same, GRU's time"].met is False and found["the same, GRU's time"].reached == pytest.approx(30)
+    assert found["one step of one row, H = 256, GRU's time"].met is False and found[
+        "one step of one row, H = 256, GRU's time"
+    ].reached == pytest.approx(30)
     assert found["training, LSTM, against the best of torch and jax"].met is None
     assert found["training, LSTM, against the best of torch and jax"].cells()[-1] == "not measured"
+
+
+def test_points_below_a_bar_say_what_the_floor_would_reach():
+    doc = document()
+    size = Point("LSTM", "training", "float32", 100, 64, 256, 256)
+    floor = roofline.floor(size, MACHINE)
+    add(doc, size, 2 * floor, torch_nn=2.1 * floor, onednn=1.9 * floor)
+    near = Point("LSTM", "training", "float32", 100, 16, 256, 256)
+    best = roofline.floor(near, MACHINE)
+    add(doc, near, 1.02 * best, torch_nn=1.05 * best, onednn=1.05 * best)
+    table = report.misses_table(doc)
+    lines = {(line[0], line[1]): line[2:] for line in table.lines}
+    assert lines[size.key, "training, LSTM, against the best of torch and jax"] == ["≥ 1.1", "1.05", "2.1"]
+    assert lines[near.key, "training, LSTM, against the best of torch and jax"] == ["≥ 1.1", "1.03", "1.05"]
+    assert lines[size.key, "both modes, T ≥ 50, against bare oneDNN"] == ["≥ 0.97", "0.95", "1.9"]
+    assert lines[size.key, "fraction of the floor, B ≥ 64 and H ≥ 256, training"] == ["≥ 0.75", "0.5", "1"]
+    assert {table.lines[number][0] for number in table.marked} == {size.key}  # the other is out of reach
+    assert not any(bar.startswith("training, over all") for _, bar in lines)  # a mean has no point below it
 
 
 def test_bars_on_bfloat16_growth_a_busy_machine_and_streams():
@@ -432,9 +452,11 @@ def test_bars_on_bfloat16_growth_a_busy_machine_and_streams():
     assert found["bfloat16 training against our float32, large sizes"].reached == pytest.approx(2.0)
     assert found["time against T, distance from a line"].met is False
     busy = found["beside a busy process, over our one thread alone"]
-    assert (busy.met, busy.worst) == (False, ("a row, mean", pytest.approx(1.8)))
+    assert (busy.met, busy.worst) == (False, ("a row, mean", pytest.approx(1.8), None))
     assert found["eight streams of single rows, calls a second, against ONNX Runtime"].reached == pytest.approx(2.0)
-    assert found["the same, 99th percentile of a call"].reached == pytest.approx(0.5)
+    assert found[
+        "eight streams of single rows, 99th percentile of a call, against ONNX Runtime"
+    ].reached == pytest.approx(0.5)
 
 
 def test_a_line_with_an_offset_is_a_line():

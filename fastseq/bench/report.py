@@ -69,7 +69,8 @@ def headline(document: Document) -> list[str]:
 
 def tables(document: Document) -> list[Table]:
     """All of them; a part that was not measured has none."""
-    made = [rows_table(document), bars_table(document), machine_table(document), peers_table(document)]
+    made = [rows_table(document), bars_table(document), misses_table(document)]
+    made += [machine_table(document), peers_table(document)]
     made += [streams_table(document), busy_table(document), memory_table(document)]
     return [table for table in made if table.lines]
 
@@ -113,6 +114,26 @@ def bars_table(document: Document) -> Table:
     columns = ["bar", "required", "reached", "worst point", "met"]
     note = "Meant for two threads on a machine of two cores with AVX-512; float32 unless it says otherwise."
     return Table("Bars", columns, [list(outcome.cells()) for outcome in found], marked, note)
+
+
+def misses_table(document: Document) -> Table:
+    """Every point that is below a bar; those are marked that would reach it at the floor."""
+    lines, marked = [], set()
+    for outcome in bars.outcomes(document):
+        bar = outcome.bar
+        for miss in outcome.misses:
+            at_floor = "–"
+            if miss.at_floor is not None:
+                at_floor = f"{miss.at_floor:.3g}{bar.unit}"
+                if bar.holds(miss.at_floor):
+                    marked.add(len(lines))
+            lines.append([miss.key, bar.what, bar.bound, f"{miss.reached:.3g}{bar.unit}", at_floor])
+    note = (
+        "At the floor: what the point would reach if our time was its floor, the time of its products alone at this "
+        "machine's best. Unmarked ones miss the bar even so: only what beats the floor, such as weights that partly "
+        "stay in a nearer cache, would reach it."
+    )
+    return Table("Points below a bar", ["point", "bar", "required", "reached", "at the floor"], lines, marked, note)
 
 
 def machine_table(document: Document) -> Table:
