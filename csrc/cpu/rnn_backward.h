@@ -87,7 +87,12 @@ class BackwardDirection {
     for (const GateRun& run : Cell::hidden_runs) runs_[k++] = {run.plane * H_, run.count * H_};
   }
 
-  Work work() const { return {GH_ * hout_, hidden_.parts(p_->schedule.batch), !packed_, kWeightsToStreamBackward}; }
+  Work work() const {
+    const Schedule& schedule = p_->schedule;
+    return {
+        GH_ * hout_,       schedule.total_rows(),    hidden_.parts(schedule.batch), !packed_, kWeightsToStreamBackward,
+        kWeightsOfFewRows, kWorkToShareUnitsBackward};
+  }
   int64_t panels() const { return hidden_.panels() + projection_.panels(); }
   void pack(int64_t i) { i < hidden_.panels() ? hidden_.pack(i) : projection_.pack(i - hidden_.panels()); }
 

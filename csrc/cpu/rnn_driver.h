@@ -4,9 +4,14 @@
 // Measured on two cores with AVX2 (docs/performance.md). None changes a bit of the recurrent products.
 constexpr int64_t kStepsToPack = 8;  // packing costs a few steps: a shorter sequence reads the weights in place
 constexpr int64_t kRowsToPack = 16;  // backward packs for a few steps of so many rows, too
-constexpr int64_t kWorkToShareUnits = 45000;    // a step of fewer multiplications is done before a barrier is
-constexpr int64_t kRowsToShareRows = 6;         // rows a thread needs to be worth its own pass over the weights
-constexpr int64_t kNumbersToShare = 131072;     // numbers to add or multiply, likewise
+constexpr int64_t kWorkToShareUnits = 45000;  // a step of fewer multiplications is done before a barrier is
+// Rows a thread needs to be worth its own pass over the weights; in a layer of so much work, all steps together, fewer
+// of few weights, and fewer still where sharing units is not worth it.
+constexpr int64_t kRowsToShareRows = 6, kFewRowsToShare = 4, kFewestRowsToShare = 2;
+constexpr int64_t kWorkToShareFewRows = 1 << 20;
+constexpr int64_t kWeightsOfFewRows = 1 << 18, kWeightsOfFewRowsInAmx = 1 << 15;  // tiles are soon done with a row
+constexpr int64_t kWorkToShareUnitsBackward = 1 << 18;  // rather than two rows each: it reads the others' dg, too
+constexpr int64_t kNumbersToShare = 131072;             // numbers to add or multiply, likewise
 constexpr int64_t kGradientsToShare = 1 << 22;  // multiplications of small products whose operands one thread has
 // More weights than a core's own cache holds, and few rows to make up for reading them: each thread reads its share of
 // them at a step, rather than all of them for its rows.
@@ -131,10 +136,13 @@ struct Plan {
 
 // What a step is made of.
 struct Work {
-  int64_t weights;    // numbers that one row is multiplied with
-  int64_t parts;      // that members can share
-  bool in_place;      // the weights are not packed: each is best read by one thread
-  int64_t to_stream;  // so many weights, too, of few rows
+  int64_t weights;      // numbers that one row is multiplied with
+  int64_t rows;         // of all steps
+  int64_t parts;        // that members can share
+  bool in_place;        // the weights are not packed: each is best read by one thread
+  int64_t to_stream;    // so many weights, too, of few rows
+  int64_t few;          // of fewer weights a few rows are worth a pass over them
+  int64_t worth_units;  // multiplications of a step from which sharing units is better than two rows each
 };
 
 inline Plan make_plan(int team, int directions, int64_t batch, const Work& work) {
@@ -142,9 +150,13 @@ inline Plan make_plan(int team, int directions, int64_t batch, const Work& work)
   const int share = team / directions;  // threads a direction can have
   if (share <= 1) return plan;
   const bool streams = work.in_place || (work.weights >= work.to_stream && batch <= kRowsToShareUnits);
-  if (batch >= share * kRowsToShareRows && !streams) {
+  const int64_t of_a_step = batch * work.weights;
+  int64_t least = kRowsToShareRows;
+  if (work.weights < work.few && work.weights * work.rows >= kWorkToShareFewRows)
+    least = of_a_step >= work.worth_units ? kFewRowsToShare : kFewestRowsToShare;
+  if (batch >= share * least && !streams) {
     plan.row_groups = share;
-  } else if (batch * work.weights >= kWorkToShareUnits) {
+  } else if (of_a_step >= kWorkToShareUnits) {
     plan.members = static_cast<int>(share < work.parts ? share : work.parts);
   }
   return plan;

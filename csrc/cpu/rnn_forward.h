@@ -98,7 +98,10 @@ class ForwardDirection {
 
   Work work() const {
     const int64_t weights = Cell::gates * H_ * (hout_ + (packed_ && !folded_ ? 0 : p_->input_size));
-    return {weights, hidden_.parts(p_->schedule.batch), !packed_, kWeightsToStream};
+    const Schedule& schedule = p_->schedule;
+    return {weights,          schedule.total_rows(), hidden_.parts(schedule.batch),
+            !packed_,         kWeightsToStream,      kInAmx<T> ? kWeightsOfFewRowsInAmx : kWeightsOfFewRows,
+            kWorkToShareUnits};
   }
   // Whether gx is computed at each step, a panel's while its gates are due, and lies nowhere: AMX is done so soon that
   // writing and reading it counts. Where both weights stay in a core's own cache, and rows make up for reading W_ih as
