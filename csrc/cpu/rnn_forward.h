@@ -130,7 +130,8 @@ class ForwardDirection {
     if (alone) {
       const int64_t rows = (schedule.batch + plan.row_groups - 1) / plan.row_groups;
       const bool far = kInAmx<T> && gx_numbers(H_) * I * static_cast<int64_t>(sizeof(T)) >= kGemmBytesFar;
-      gx_steps_ = steps_per_chunk(rows, row_bytes, kChunkBytesNear, far ? kChunkRows : kGemmRows);
+      const int64_t with_x = row_bytes + I * static_cast<int64_t>(sizeof(T));
+      gx_steps_ = steps_per_chunk(rows, with_x, kChunkBytesNear, far ? kChunkRows : kGemmRows);
     } else {
       gx_steps_ = steps_per_chunk(schedule.batch, row_bytes, kChunkBytes, kChunkRows);
     }
