@@ -24,7 +24,7 @@ constexpr int64_t kWorkToMeasureInAmx = 1 << 29;  // takes about as long
 constexpr int64_t kBytesToFold = 1 << 20;         // of W_ih and W_hh, of which each step then reads both
 constexpr int64_t kChunkBytes = 2 << 20;          // gx that threads compute together ahead of the steps
 constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
-constexpr int64_t kChunkBytesNear = 1 << 19;  // x and gx that a thread computes for itself: its own cache holds them
+constexpr int64_t kChunkBytesNear = 1 << 18;  // x and gx that a thread computes for itself: its own cache holds them
 constexpr int64_t kBackwardChunkBytes = 4 << 20;  // dg kept for the weight gradients
 constexpr int64_t kBackwardChunkRows = 2048;      // at least: their products pack what they multiply once a chunk
 
