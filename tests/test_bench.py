@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import time
 from collections import Counter
 
@@ -89,6 +90,8 @@ MACHINE = {
     "gemm": {"float32": {"rate": 1e11, "by": "torch.nn, 512"}, "bfloat16": {"rate": 4e11, "by": "onednn, 512"}},
     "bandwidth": {"L1": 4e11, "L2": 2e11, "L3": 1e11, "memory": 2e10},
     "bandwidth of one": {"L1": 2e11, "L2": 1e11, "L3": 5e10, "memory": 1e10},
+    "meeting": 2e-7,
+    "engine": 3e-5,
 }
 
 
@@ -118,12 +121,39 @@ def test_floor_counts_layers_directions_lengths_and_bytes():
     single, half = (Point("LSTM", "inference", dtype, 1, 1, 512, 512) for dtype in grid.DTYPES)
     sizes = [next(roofline.products(point)).weight_bytes for point in (single, half)]
     assert sizes == [4 << 20, 2 << 20]
-    assert [roofline.level_of(size, MACHINE) for size in (1 << 10, 1 << 20, 2 << 20, 33 << 20)] == [
+    assert [roofline.level_of(size, MACHINE["caches"]) for size in (1 << 10, 1 << 20, 2 << 20, 33 << 20)] == [
         "L1",
         "L2",
         "L3",
         "memory",
     ]
+
+
+def test_limit_counts_meetings_or_one_thread_and_the_engine():
+    # RNN, T 100, H 128: 64 KiB, which fit the L1 of both threads but of neither. A step is 65,536 / 4e11 s of reading
+    # and 32,768 operations at 1e11, so 0.33 us; alone at half of that rate 0.66 us, or 65,536 / 1e11 s.
+    single = Point("RNN", "inference", "float32", 100, 1, 128, 128)
+    together, alone = 32_768 / 1e11, 2 * 32_768 / 1e11
+    assert alone - together > MACHINE["meeting"]
+    assert roofline.limit(single, MACHINE) == pytest.approx(roofline.floor(single, MACHINE) + 100 * 2e-7)
+    slow = MACHINE | {"meeting": 1e-6}  # then one thread alone is as good
+    assert roofline.limit(single, slow) == pytest.approx(roofline.floor(single, slow) + 100 * (alone - together))
+    # In training both products of the steps, and the engine once.
+    training = Point("RNN", "training", "float32", 100, 1, 128, 128)
+    assert roofline.limit(training, MACHINE) == pytest.approx(roofline.floor(training, MACHINE) + 200 * 2e-7 + 3e-5)
+    # Threads that have a row or a direction of their own do not meet, nor does a single step's end count.
+    both = Point("RNN", "inference", "float32", 100, 1, 128, 128, directions=2)
+    for free in (
+        Point("RNN", "inference", "float32", 100, 2, 128, 128),
+        Point("RNN", "inference", "float32", 1, 1, 128, 128),
+    ):
+        assert roofline.limit(free, MACHINE) == roofline.floor(free, MACHINE)
+    assert roofline.limit(both, slow) == pytest.approx(roofline.floor(both, slow))
+    # One row of 512 units comes from L2 together, and alone from L3.
+    large = Point("GRU", "inference", "float32", 100, 1, 512, 512)
+    far = MACHINE | {"caches": {"L1": 64 << 10, "L2": 4 << 20, "L3": 32 << 20}, "meeting": 1.0}
+    difference = 3 * 512 * 512 * 4 * (1 / 5e10 - 1 / 2e11)
+    assert roofline.limit(large, far) == pytest.approx(roofline.floor(large, far) + 100 * difference)
 
 
 def test_caches_are_added_up_over_the_threads(tmp_path):
@@ -141,7 +171,16 @@ def test_the_machine_is_described_from_what_is_measured():
     def gemm(dtype, size):
         return 2e11 + size if dtype == "float32" else None
 
-    machine = roofline.measure(2, lambda n, threads: 1e11 * threads, lambda size, n, t: 1e12 / size * t, {"a": gemm})
+    meetings = iter([3e-7, 1e-7, *[2e-7] * 7])
+    machine = roofline.measure(
+        2,
+        lambda n, threads: 1e11 * threads,
+        lambda size, n, t: 1e12 / size * t,
+        lambda times, threads: next(meetings),
+        lambda: 2e-5,
+        {"a": gemm},
+    )
+    assert machine["meeting"] == 1e-7 and machine["engine"] == 2e-5
     assert machine["fma"] == {"1": 1e11, "2": 2e11}
     assert machine["gemm"]["float32"] == {"rate": 2e11 + 2048, "by": "a, 2048"}
     assert machine["gemm"]["bfloat16"]["by"] == "nobody"
@@ -152,6 +191,7 @@ def test_the_machine_is_described_from_what_is_measured():
 def test_the_better_of_two_looks_at_a_machine_counts():
     worse = json.loads(json.dumps(MACHINE))
     worse["fma"]["2"], worse["bandwidth"]["L2"], worse["gemm"]["float32"]["rate"] = 1e11, 1e11, 5e10
+    worse["meeting"], worse["engine"] = 3e-7, 4e-5
     assert roofline.better(worse, MACHINE) == roofline.better(MACHINE, worse) == MACHINE
     assert roofline.better(worse, None) == worse
 
@@ -169,6 +209,13 @@ def test_the_probe_of_memory_finds_small_buffers_faster_than_large_ones():
     assert small > 1.5 * large > 1e8
 
 
+def test_the_probe_of_meetings_finds_that_threads_wait_for_each_other():
+    alone, together = (min(_C.meeting_seconds(2_000, threads) for _ in range(5)) for threads in (1, 2))
+    assert 0 < alone < 1e-6
+    if (os.cpu_count() or 1) > 1:
+        assert alone < together < 1e-3
+
+
 def test_probes_refuse_what_makes_no_sense():
     with pytest.raises(ValueError, match="iterations must be at least 1; got 0"):
         _C.fma_rate(0)
@@ -176,6 +223,8 @@ def test_probes_refuse_what_makes_no_sense():
         _C.fma_rate(1, 1, "int8")
     with pytest.raises(ValueError, match="bytes must be at least 1; got -1"):
         _C.read_rate(-1, 1)
+    with pytest.raises(ValueError, match="times must be at least 1; got 0"):
+        _C.meeting_seconds(0, 2)
 
 
 # ---- Harness ---------------------------------------------------------------------------------------------------------
@@ -236,8 +285,15 @@ def test_a_machine_that_stays_slow_is_not_waited_for():
     assert harness.summarise(samples["a"], noise).kept == 1
 
 
+def test_one_reading_that_is_far_off_does_not_condemn_the_others():
+    samples = [(1.0, 100.0 + n % 3) for n in range(39)] + [(1.0, 900.0)]
+    noise = Noise.of(samples)
+    assert noise.best == 102.0 and len(noise.kept(samples)) == 40
+    assert Noise.of([]).best == 0.0
+
+
 def test_no_sample_is_no_summary():
-    assert harness.summarise([(1.0, 10.0)], Noise(100.0)) is None
+    assert harness.summarise([(1.0, 10.0)], Noise([100.0])) is None
 
 
 def test_long_calls_get_fewer_rounds():
@@ -394,7 +450,6 @@ def add(doc, point, ours, **others):
         for name, s in {"fastseq": ours, **others}.items()
     }
     doc["rows"][point.key] = {"point": point.as_dict(), "contenders": contenders}
-    doc["best_probe"] = 100.0
     doc["machine"] = MACHINE
 
 
@@ -418,13 +473,16 @@ def test_bars_are_held_to_the_worst_point_or_the_mean():
     assert found["training, LSTM, against the best of torch and jax"].cells()[-1] == "not measured"
 
 
-def test_points_below_a_bar_say_what_the_floor_would_reach():
+def test_points_below_a_bar_say_what_the_limit_would_reach():
     doc = document()
+    doc["machine"] = MACHINE | {"engine": 0.0}
     size = Point("LSTM", "training", "float32", 100, 64, 256, 256)
     floor = roofline.floor(size, MACHINE)
     add(doc, size, 2 * floor, torch_nn=2.1 * floor, onednn=1.9 * floor)
     near = Point("LSTM", "training", "float32", 100, 16, 256, 256)
     best = roofline.floor(near, MACHINE)
+    row = Point("GRU", "inference", "float32", 100, 1, 128, 128)
+    add(doc, row, 4 * roofline.floor(row, MACHINE))
     add(doc, near, 1.02 * best, torch_nn=1.05 * best, onednn=1.05 * best)
     table = report.misses_table(doc)
     lines = {(line[0], line[1]): line[2:] for line in table.lines}
@@ -432,7 +490,11 @@ def test_points_below_a_bar_say_what_the_floor_would_reach():
     assert lines[near.key, "training, LSTM, against the best of torch and jax"] == ["≥ 1.1", "1.03", "1.05"]
     assert lines[size.key, "both modes, T ≥ 50, against bare oneDNN"] == ["≥ 0.97", "0.95", "1.9"]
     assert lines[size.key, "fraction of the floor, B ≥ 64 and H ≥ 256, training"] == ["≥ 0.75", "0.5", "1"]
-    assert {table.lines[number][0] for number in table.marked} == {size.key}  # the other is out of reach
+    at_limit = roofline.floor(row, MACHINE) / roofline.limit(row, MACHINE)
+    assert 0.6 < at_limit < 0.95
+    what = "fraction of the floor, B = 1, T ≥ 100, H of 128 and 512"
+    assert lines[row.key, what] == ["≥ 0.6", "0.25", f"{at_limit:.3g}"]
+    assert {table.lines[number][0] for number in table.marked} == {size.key, row.key}  # the other is out of reach
     assert not any(bar.startswith("training, over all") for _, bar in lines)  # a mean has no point below it
 
 
@@ -551,8 +613,8 @@ def test_a_document_of_another_build_or_machine_is_not_continued():
 
 
 def test_percentile_and_ratios_by_hand():
-    assert scenarios.percentile(range(1, 101), 99) == 99
-    assert scenarios.percentile([5.0], 99) == 5.0
+    assert harness.percentile(range(1, 101), 99) == 99
+    assert harness.percentile([5.0], 99) == 5.0
     assert scenarios.busy_ratios({"alone": [1.0, 3.0], "beside": [2.0, 2.0, 8.0]}) == (2.0, 1.0)
 
 

@@ -155,7 +155,7 @@ def test_bench_measures_reports_resumes_and_compares(tmp_path):
     quiet, slower = tmp_path / "quiet.json", tmp_path / "slower.json"
     for contender in row["contenders"].values():  # every sample counts, however busy this machine was
         for sample in contender.get("samples", ()):
-            sample[1] = results["best_probe"]
+            sample[1] = 1e11
     quiet.write_text(json.dumps(results))
     fastseq("bench", "report", quiet, "--markdown", tmp_path / "tables.md", check=0)
     assert "<svg" in quiet.with_suffix(".html").read_text()

@@ -53,6 +53,7 @@ struct Kernels {
   void (*gemm_bf16)(int threads, int64_t m, int64_t n, int64_t k, const bfloat16* a, const bfloat16* b, float* c);
   // For the benchmark: bytes/s read by so many threads, each so often over so many bytes of its own.
   double (*read_rate)(int64_t bytes, int64_t repeats, int threads);
+  double (*meeting_seconds)(int64_t times, int threads);
 
   template <class T>
   const TypedKernels<T>& typed() const;

@@ -132,6 +132,7 @@ const Kernels kTable = {
     &kProbesF64,
     gemm_of_rows<bfloat16>,
     read_rate,
+    meeting_seconds,
 };
 
 }  // namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE

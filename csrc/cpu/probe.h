@@ -41,6 +41,32 @@ double fma_rate(int64_t iterations, int threads) {
   return 2.0 * chains * Vec<T>::size * static_cast<double>(iterations) * members / seconds;
 }
 
+// Seconds in which `threads` threads meet once, each having written a line that the others then read.
+inline double meeting_seconds(int64_t times, int threads) {
+  struct alignas(64) Line {
+    int64_t number;
+  };
+  Workspace<Line> memory;
+  Line* const lines = memory.zeros(threads);
+  Barrier barrier;
+  double seconds = 0;
+  parallel(threads, [&](int member, int team) {
+    Share share{member, team};
+    int64_t sum = 0;
+    barrier.wait(share);
+    const double begin = seconds_now();
+    for (int64_t n = 0; n < times; ++n) {
+      __atomic_store_n(&lines[member].number, n + sum % 2, __ATOMIC_RELAXED);
+      barrier.wait(share);
+      for (int other = 0; other < team; ++other) sum += __atomic_load_n(&lines[other].number, __ATOMIC_RELAXED);
+    }
+    asm volatile("" : : "r"(sum));
+    if (member == 0) seconds = seconds_now() - begin;
+    barrier.wait(share);
+  });
+  return seconds / static_cast<double>(times);
+}
+
 // Bytes/s that `threads` threads read together, each `repeats` times over `bytes` of its own.
 inline double read_rate(int64_t bytes, int64_t repeats, int threads) {
   using V = Vec<float>;

@@ -118,4 +118,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_rate", &read_rate, py::arg("bytes"), py::arg("repeats"), py::arg("threads") = 1,
         py::call_guard<py::gil_scoped_release>(),
         "Bytes/s that the threads read together, each `repeats` times over `bytes` of its own.");
+  m.def("meeting_seconds", &meeting_seconds, py::arg("times"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Seconds in which the threads meet once, of `times`, each having written a line that the others then read.");
 }

@@ -63,4 +63,10 @@ double read_rate(int64_t bytes, int64_t repeats, int threads) {
   return cpu::kernels().read_rate(bytes, repeats, threads);
 }
 
+double meeting_seconds(int64_t times, int threads) {
+  check_positive("times", times);
+  check_positive("threads", threads);
+  return cpu::kernels().meeting_seconds(times, threads);
+}
+
 }  // namespace fastseq

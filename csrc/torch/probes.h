@@ -19,8 +19,10 @@ FASTSEQ_API void vec_math(const std::string& function, const float* x, float* y,
 FASTSEQ_API void vec_math(const std::string& function, const double* x, double* y, int64_t n);
 FASTSEQ_API void gemm(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c);
 FASTSEQ_API void gemm(int64_t m, int64_t n, int64_t k, const bfloat16* a, const bfloat16* b, float* c);
-// The machine's own speed: FLOP/s in registers of dtype "float32" or "float64"; bytes/s read, `bytes` by each thread.
+// The machine's own speed: FLOP/s in registers of dtype "float32" or "float64"; bytes/s read, `bytes` by each thread;
+// seconds in which the threads meet once.
 FASTSEQ_API double fma_rate(int64_t iterations, int threads, const std::string& dtype);
 FASTSEQ_API double read_rate(int64_t bytes, int64_t repeats, int threads);
+FASTSEQ_API double meeting_seconds(int64_t times, int threads);
 
 }  // namespace fastseq

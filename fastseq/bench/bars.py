@@ -22,11 +22,11 @@ TRAINERS = ("torch.nn", "torch cells", "jax")
 
 
 class Value(NamedTuple):
-    """Of a point or a series, by its key; at_floor: what it would be if our time was the row's floor."""
+    """Of a point or a series, by its key; at_limit: what it would be if our time was the row's limit."""
 
     key: str
     reached: float
-    at_floor: float | None = None
+    at_limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def _rows(document: Document, fits: Callable[[Point], bool], form: str = "layer"
 
 def _of(row: Row, reached: float) -> Value:
     """A number that grows as our time shrinks."""
-    return Value(row.point.key, reached, reached / row.fraction if row.fraction else None)
+    assert row.ours
+    return Value(row.point.key, reached, reached * row.ours.median / row.limit if row.limit else None)
 
 
 def _against(
@@ -136,7 +137,7 @@ def _microseconds(fits: Callable[[Point], bool]) -> Callable[[Document], Iterabl
     def values(document: Document) -> Iterable[Value]:
         for row in _rows(document, fits):
             assert row.ours
-            yield Value(row.point.key, row.ours.median * 1e6, row.floor and row.floor * 1e6)
+            yield Value(row.point.key, row.ours.median * 1e6, row.limit and row.limit * 1e6)
 
     return values
 

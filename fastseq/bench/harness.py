@@ -3,14 +3,16 @@
 A sample is the mean time of the calls of one burst, and the lower of two readings of a short probe, one before the
 burst and one after it: multiply-adds in registers on all processors. At times a host gives a virtual machine less than
 its processors, and everything takes twice as long; the probe sees that. A sample whose probe is far below the best of
-the run does not count. All samples are kept, so that this can be looked at again.
+the run does not count; the best is what one reading in twenty is above, as a single one can be far off. All samples are
+kept, so that this can be looked at again.
 """
 
 from __future__ import annotations
 
+import bisect
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 BURST = 0.02  # seconds that one side computes before it is another's turn
 LEAST_PROBE = 0.85  # of the best probe of the run, below which a sample does not count
@@ -23,14 +25,24 @@ Sample = tuple[float, float]
 
 @dataclass
 class Noise:
-    """The best probe of a run so far, FLOP/s, and what it says about samples."""
+    """The readings of a run's probe so far, FLOP/s, in order, and what they say about samples."""
 
-    best: float = 0.0
+    readings: list[float] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, samples: Iterable[Sequence[float]]) -> Noise:
+        """As these samples have seen it."""
+        return cls(sorted(sample[1] for sample in samples))
 
     def see(self, rate: float) -> float:
         """Takes note of a reading."""
-        self.best = max(self.best, rate)
+        bisect.insort(self.readings, rate)
         return rate
+
+    @property
+    def best(self) -> float:
+        """What one reading in twenty is above; of a few the highest."""
+        return self.readings[_rank(len(self.readings), 95)] if self.readings else 0.0
 
     def quiet(self, sample: Sequence[float]) -> bool:
         """Whether the machine was all there during a sample."""
@@ -72,6 +84,16 @@ def interleave(
             samples[name].append((seconds, min(before, after)))
             before = after
     return samples
+
+
+def percentile(values: Iterable[float], percent: int) -> float:
+    """The value that so many percent are not above."""
+    ordered = sorted(values)
+    return ordered[_rank(len(ordered), percent)]
+
+
+def _rank(count: int, percent: int) -> int:
+    return -(-count * percent // 100) - 1
 
 
 @dataclass(frozen=True)

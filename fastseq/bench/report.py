@@ -117,27 +117,27 @@ def bars_table(document: Document) -> Table:
 
 
 def misses_table(document: Document) -> Table:
-    """Every point that is below a bar; those are marked that would reach it at the floor."""
+    """Every point that is below a bar; those are marked that would reach it at the limit."""
     lines, marked = [], set()
     for outcome in bars.outcomes(document):
         bar = outcome.bar
         for miss in outcome.misses:
-            at_floor = "–"
-            if miss.at_floor is not None:
-                at_floor = f"{miss.at_floor:.3g}{bar.unit}"
-                if bar.holds(miss.at_floor):
+            at_limit = "–"
+            if miss.at_limit is not None:
+                at_limit = f"{miss.at_limit:.3g}{bar.unit}"
+                if bar.holds(miss.at_limit):
                     marked.add(len(lines))
-            lines.append([miss.key, bar.what, bar.bound, f"{miss.reached:.3g}{bar.unit}", at_floor])
+            lines.append([miss.key, bar.what, bar.bound, f"{miss.reached:.3g}{bar.unit}", at_limit])
     note = (
-        "At the floor: what the point would reach if our time was its floor, the time of its products alone at this "
-        "machine's best. Unmarked ones miss the bar even so: only what beats the floor, such as weights that partly "
-        "stay in a nearer cache, would reach it."
+        "At the limit: what the point would reach if our time was its products' alone, at this machine's best, with "
+        "the meetings of threads that share a single row's steps and, in training, torch's engine. Unmarked ones miss "
+        "the bar even so: only what beats that, such as weights that partly stay in a nearer cache, would reach it."
     )
-    return Table("Points below a bar", ["point", "bar", "required", "reached", "at the floor"], lines, marked, note)
+    return Table("Points below a bar", ["point", "bar", "required", "reached", "at the limit"], lines, marked, note)
 
 
 def machine_table(document: Document) -> Table:
-    """The peaks that floors are made of."""
+    """What floors and limits are made of."""
     machine: dict[str, Any] | None = document["machine"]
     if machine is None:
         return Table("The machine", [], [])
@@ -151,6 +151,8 @@ def machine_table(document: Document) -> Table:
         place = level if size is None else f"{level}, {size / 2**20:.3g} MiB"
         one = machine["bandwidth of one"][level] / 1e9
         lines.append([f"reading from {place}", f"{rate / 1e9:.0f} GB/s; one thread {one:.0f}"])
+    lines.append([f"{machine['threads']} threads meet", duration(machine["meeting"])])
+    lines.append(["torch's engine, backward of one multiplication", duration(machine["engine"])])
     return Table("The machine", ["what", "measured"], lines)
 
 

@@ -1,7 +1,7 @@
 """What a run has found, as the plain data of its JSON file, and what follows from it.
 
-The file holds "host", "build", "threads", "peers", "machine" (see `roofline.measure`), "best_probe", "planned", and
-"rows" by their keys. A row has its "point" and "contenders": by name, all samples with settings and the difference
+The file holds "host", "build", "threads", "peers", "machine" (see `roofline.measure`), "planned", and "rows" by
+their keys. A row has its "point" and "contenders": by name, all samples with settings and the difference
 from our result, or the reason why there are none, as "missing" (not installed), "absent" (the peer does not do this)
 or "failed". "streams", "busy" and "memory" hold what `scenarios` measures.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fastseq.bench.grid import AnyPoint, point_of
 from fastseq.bench.harness import Noise, Summary, summarise
 from fastseq.bench.peers import OURS, PEERS
 
-FORMAT = 1
+FORMAT = 2
 Document = dict[str, Any]
 
 
@@ -44,7 +44,6 @@ def new(host: dict[str, str], threads: list[int]) -> Document:
         "threads": threads,
         "peers": {},
         "machine": None,
-        "best_probe": 0.0,
         "planned": [],
         "rows": {},
         "streams": {},
@@ -73,7 +72,7 @@ class Row:
         point, contenders: as in the file.
         ours: None where no sample of ours counts, or it failed.
         peers: the summaries of those that were timed.
-        floor: seconds; None without a measured machine.
+        floor, limit: seconds; None without a measured machine.
     """
 
     point: AnyPoint
@@ -81,6 +80,7 @@ class Row:
     ours: Summary | None
     peers: dict[str, Summary]
     floor: float | None
+    limit: float | None
     noise: Noise
 
     def ratio(self, peer: str) -> float | None:
@@ -116,9 +116,19 @@ class Row:
         return sorted((peer for peer, ratio in self.ratios().items() if ratio < 1), key=lambda p: self.peers[p].median)
 
 
+def all_samples(document: Document) -> list[Sequence[float]]:
+    """All of them, of all sides."""
+    return [
+        sample
+        for row in document["rows"].values()
+        for contender in row["contenders"].values()
+        for sample in contender.get("samples", ())
+    ]
+
+
 def rows(document: Document) -> Iterator[Row]:
     """In the order in which they were measured."""
-    noise = Noise(document["best_probe"])
+    noise = Noise.of(all_samples(document))
     for data in document["rows"].values():
         point = point_of(data["point"])
         summaries = {
@@ -127,8 +137,9 @@ def rows(document: Document) -> Iterator[Row]:
             if "samples" in contender and (summary := summarise(contender["samples"], noise))
         }
         ours = summaries.pop(OURS, None)
-        floor = roofline.floor(point, document["machine"]) if document["machine"] else None
-        yield Row(point, data["contenders"], ours, summaries, floor, noise)
+        machine = document["machine"]
+        floor, limit = (roofline.floor(point, machine), roofline.limit(point, machine)) if machine else (None, None)
+        yield Row(point, data["contenders"], ours, summaries, floor, limit, noise)
 
 
 def lost_first(document: Document) -> list[Row]:
@@ -165,12 +176,6 @@ def problems(document: Document) -> list[str]:
 
 def sample_counts(document: Document) -> tuple[int, int]:
     """(samples that count, samples discarded as the machine was not all there)."""
-    noise = Noise(document["best_probe"])
-    samples = [
-        sample
-        for row in document["rows"].values()
-        for contender in row["contenders"].values()
-        for sample in contender.get("samples", ())
-    ]
-    kept = len(noise.kept(samples))
-    return kept, len(samples) - kept
+    found = all_samples(document)
+    kept = len(Noise.of(found).kept(found))
+    return kept, len(found) - kept

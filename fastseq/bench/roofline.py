@@ -15,6 +15,12 @@ is the best of torch, oneDNN and ours in the row's dtype on all processors (floa
 threads share the weights: a level holds them if all of its caches together do, and gives the bandwidth of all threads
 together.
 
+The limit of a row is the floor and what comes on top of it whatever the kernels are:
+
+    a single row    threads that share a step's units meet at its end; or one thread does all of the products of the
+                    steps alone. The sooner of the two
+    training        torch's engine, once a call; peers that are not torch's layers do without it
+
 Attention's products take 2 P D operations in each of B N heads, P the pairs of a query and a key that it may see: the
 scores and the sum of values, and in training the scores once more, dP, dV, dK and dQ. Their bytes are those of keys and
 values, which are read once, of rotating ones from memory.
@@ -74,22 +80,45 @@ def products(point: AnyPoint) -> Iterator[Product]:
 
 def floor(point: AnyPoint, machine: dict[str, Any]) -> float:
     """Seconds below which the point cannot come on a machine as `measure` describes it."""
-    peak = max(machine["gemm"][dtype]["rate"] for dtype in {"float32", point.dtype})
     rotating = isinstance(point, AttentionPoint) and point.rotating
+    peak, bandwidth = _peak(point, machine), machine["bandwidth"]
     return sum(
-        max(
-            p.operations / peak,
-            p.reads
-            * p.weight_bytes
-            / machine["bandwidth"]["memory" if rotating else level_of(p.weight_bytes, machine)],
-        )
+        _seconds(p, peak, bandwidth, "memory" if rotating else level_of(p.weight_bytes, machine["caches"]))
         for p in products(point)
     )
 
 
-def level_of(size: int, machine: dict[str, Any]) -> str:
-    """The nearest level that holds so many bytes when the threads share them."""
-    return next((level for level in LEVELS[:-1] if size <= machine["caches"].get(level, 0)), "memory")
+def _seconds(product: Product, peak: float, bandwidth: dict[str, float], level: str) -> float:
+    return max(product.operations / peak, product.reads * product.weight_bytes / bandwidth[level])
+
+
+def _peak(point: AnyPoint, machine: dict[str, Any]) -> float:
+    return max(machine["gemm"][dtype]["rate"] for dtype in {"float32", point.dtype})
+
+
+def limit(point: AnyPoint, machine: dict[str, Any]) -> float:
+    """Seconds below which the point cannot come either: the floor, threads that have to meet, and torch's engine."""
+    seconds = floor(point, machine)
+    if point.mode == "training":
+        seconds += machine["engine"]
+    if isinstance(point, AttentionPoint) or point.B > 1:
+        return seconds  # threads have rows of their own
+    threads = machine["threads"]
+    caches_of_one = {level: size // threads for level, size in machine["caches"].items()}
+    peak = _peak(point, machine)
+    at_once = min(point.directions, threads)  # they do not wait for each other
+    for p in products(point):
+        if p.reads > 1:
+            size = p.weight_bytes
+            shared = _seconds(p, peak, machine["bandwidth"], level_of(size, machine["caches"]))
+            alone = _seconds(p, peak / threads, machine["bandwidth of one"], level_of(size, caches_of_one)) / at_once
+            seconds += max(0.0, min(alone - shared, p.reads * machine["meeting"] / at_once))
+    return seconds
+
+
+def level_of(size: int, caches: dict[str, int]) -> str:
+    """The nearest level that holds so many bytes."""
+    return next((level for level in LEVELS[:-1] if size <= caches.get(level, 0)), "memory")
 
 
 def caches(threads: int, root: str = "/sys/devices/system/cpu/cpu0/cache") -> dict[str, int]:
@@ -114,14 +143,19 @@ def measure(
     threads: int,
     fma_rate: Callable[[int, int], float],
     read_rate: Callable[[int, int, int], float],
+    meeting_seconds: Callable[[int, int], float],
+    engine_seconds: Callable[[], float],
     gemm_rates: dict[str, Callable[[str, int], float | None]],
 ) -> dict[str, Any]:
-    """The machine as plain data: "threads", "caches", "fma", "gemm", "bandwidth" and "bandwidth of one".
+    """The machine as plain data: "threads", "caches", "fma", "gemm", "bandwidth", "bandwidth of one", and, in seconds,
+    "meeting" and "engine".
 
     Args:
         threads: all of them.
         fma_rate: (iterations, threads) -> FLOP/s in registers.
         read_rate: (bytes a thread, repeats, threads) -> bytes/s.
+        meeting_seconds: (times, threads) -> seconds in which the threads meet once.
+        engine_seconds: of torch's engine for the smallest backward.
         gemm_rates: by peer, (dtype, size) -> FLOP/s on all threads, None or an error where it has no such product.
     """
     sizes = caches(threads)
@@ -145,6 +179,8 @@ def measure(
         "gemm": {dtype: _best_gemm(gemm_rates, dtype) for dtype in BYTES},
         "bandwidth": bandwidth,
         "bandwidth of one": alone,
+        "meeting": min(meeting_seconds(10_000, threads) for _ in range(9)) if threads > 1 else 0.0,
+        "engine": min(engine_seconds() for _ in range(3)),
     }
 
 
@@ -155,6 +191,8 @@ def better(found: dict[str, Any], before: dict[str, Any] | None) -> dict[str, An
     merged = dict(found)
     for part in ("fma", "bandwidth", "bandwidth of one"):
         merged[part] = {name: max(rate, before[part].get(name, 0.0)) for name, rate in found[part].items()}
+    for part in ("meeting", "engine"):
+        merged[part] = min(found[part], before[part])
     merged["gemm"] = {
         dtype: max(gemm, before["gemm"][dtype], key=lambda gemm: gemm["rate"]) for dtype, gemm in found["gemm"].items()
     }

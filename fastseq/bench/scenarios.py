@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastseq.bench import memory
 from fastseq.bench.grid import CELLS, Point
+from fastseq.bench.harness import percentile
 from fastseq.bench.peers import OURS
 
 if TYPE_CHECKING:
@@ -60,12 +61,6 @@ def streams(session: Session, point: Point, sides: Sequence[str], rounds: int, s
             found[name]["calls_per_second"].append(len(taken) * STREAMS / sum(taken))
             found[name]["p99"].append(percentile(taken, 99))
     return {"sides": found}
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The value that so many percent are not above."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, -(-len(ordered) * percent // 100) - 1)]
 
 
 def busy(session: Session, point: Point, seconds: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fastseq.bench.grid import AnyPoint, Point
 from fastseq.bench.harness import BURST, ROUNDS, Noise, interleave, rounds_within
 from fastseq.bench.peers import OURS, PEERS, Peer, Unsupported, load
 from fastseq.bench.problem import disagreement
-from fastseq.bench.results import Document
+from fastseq.bench.results import Document, all_samples
 from fastseq.bench.worker import Failed, Worker
 
 PROBE_SECONDS = 0.005
@@ -52,7 +52,7 @@ class Session:
         self.thread_counts = sorted(set(thread_counts or (1, processors())))
         self.rounds = rounds
         self.row_seconds = row_seconds
-        self.noise = Noise(document["best_probe"])
+        self.noise = Noise.of(all_samples(document))
         self._start = start
         self._peers: dict[str, Peer] = {name: load(name) for name in (OURS, *peers)}
         self._workers: dict[tuple[str, int], Any] = {}
@@ -120,6 +120,8 @@ class Session:
             threads,
             lambda iterations, n: ask("fma_rate", iterations, n),
             lambda size, repeats, n: ask("read_rate", size, repeats, n),
+            lambda times, n: ask("meeting_seconds", times, n),
+            lambda: ask("engine_seconds"),
             {name: gemm(name) for name in (OURS, "torch.nn", "onednn") if self._available(name)},
         )
         self.document["machine"] = roofline.better(found, self.document["machine"])
@@ -146,7 +148,6 @@ class Session:
         if OURS in timed:
             self._time(timed, contenders)
         self.document["rows"][point.key] = {"point": point.as_dict(), "contenders": contenders}
-        self.document["best_probe"] = self.noise.best
 
     def _available(self, name: str) -> bool:
         return name == OURS or (name in self._peers and not self.document["peers"][name].get("missing"))

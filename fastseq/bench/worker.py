@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import fastseq
 from fastseq import _load
@@ -100,6 +103,20 @@ class Service:
     def read_rate(self, size: int, repeats: int, threads: int) -> float:
         """Bytes/s from wherever so many bytes a thread fit."""
         return _load._C.read_rate(size, repeats, threads)
+
+    def meeting_seconds(self, times: int, threads: int) -> float:
+        """In which threads meet once."""
+        return _load._C.meeting_seconds(times, threads)
+
+    def engine_seconds(self) -> float:
+        """Of torch's engine for the backward of one multiplication of two numbers."""
+        factor, taken = torch.ones(1, requires_grad=True), []
+        for _ in range(300):
+            product = factor * 2
+            begin = time.perf_counter()
+            product.backward()
+            taken.append(time.perf_counter() - begin)
+        return statistics.median(taken)
 
     def gemm_rate(self, dtype: str, size: int, threads: int) -> float | None:
         """FLOP/s of the peer's product of square matrices; None where it has none."""
