@@ -1,8 +1,8 @@
 // A matrix product of our own: C (m, n) (+)= A (m, k) B (k, n), the large products of a layer.
 //
 // B is packed into panels (panel.h), a block of K at a time, by all threads together; A is read where it lies when its
-// rows are contiguous, else packed too. Sums along K are chains of kChain terms, added in order, so an element's bits
-// do not depend on m, n or the threads.
+// rows are contiguous, else packed too, or else the two change places (gemm_turned_block). Sums along K are chains of
+// kChain terms, added in order, so an element's bits do not depend on m, n or the threads.
 #pragma once
 
 // The depth of a block where C has at most so many numbers, and going over it more often costs little: half of the
@@ -16,6 +16,8 @@ constexpr int64_t kGemmToShare = 1 << 18;  // multiplications worth starting a t
 constexpr int64_t kGemmTilesToTake = 4;
 constexpr int64_t kGemmToTake = 1 << 22;
 constexpr int64_t kGemmNumbersToTake = 1 << 13;  // likewise of B to pack, as members ask one another for the next piece
+
+constexpr int64_t kTermsToTurn = 256;  // of which A and B change places: what comes of it has to be turned back
 
 // How many of some threads share a product.
 inline int gemm_team(int threads, int64_t m, int64_t n, int64_t k) {
@@ -92,7 +94,7 @@ class alignas(64) GemmProgress {
 };
 
 // One product of a team: C (+)= A (m, k) B (k, Gates * n), as gemm() and gemm_by_gates() have it.
-template <class T, int Gates>
+template <class T, int Gates, bool turned = false>
 class Gemm {
  public:
   using Shape = PanelShape<T, Gates>;
@@ -113,9 +115,9 @@ class Gemm {
   // The longer side is shared.
   void run(int threads) {
     team_ = gemm_team(threads, m_, c_.columns, k_);
-    a_numbers_ = packs(a_) ? kGemmRows * padded_terms<T>(layout_.depth) : 0;
+    a_numbers_ = packs(a_) ? (turned ? kTileRows : kGemmRows) * padded_terms<T>(layout_.depth) : 0;
     a_memory_.allocate(team_ * a_numbers_);
-    if (team_ == 1 || (tiles_ < layout_.panels && tiles_ < 8 * team_)) {
+    if (!turned && (team_ == 1 || (tiles_ < layout_.panels && tiles_ < 8 * team_))) {
       share_panels();
     } else {
       share_rows();
@@ -123,9 +125,15 @@ class Gemm {
   }
 
  private:
-  static constexpr int64_t kTileRows = kInAmx<T> ? kAmxRows : tile_rows(Shape::vectors);
-  static constexpr int64_t kMost = kGemmRows / kTileRows;  // tiles that are multiplied at a time
+  static constexpr int64_t kTileRows = turned ? Shape::width : kInAmx<T> ? kAmxRows : tile_rows(Shape::vectors);
+  static constexpr int64_t kMost = turned ? 1 : kGemmRows / kTileRows;  // tiles that are multiplied at a time
+  static constexpr int64_t kColumnsToPack = 8 * kStripColumns<T>;       // of B at a time, if turned
 
+  // Of B packed.
+  int64_t block_numbers() const {
+    if (!turned) return layout_.block_numbers;
+    return (n_ + kStripColumns<T> - 1) / kStripColumns<T> * kStripColumns<T> * layout_.depth;
+  }
   Depth depth_from(int64_t k0) const { return {k0, k_ - k0 < layout_.depth ? (k0 < k_ ? k_ - k0 : 0) : layout_.depth}; }
   Range rows_of(Range tiles) const {
     return {tiles.begin * kTileRows, tiles.end * kTileRows < m_ ? tiles.end * kTileRows : m_};
@@ -141,6 +149,7 @@ class Gemm {
     const Depth k_next = more ? k : depth_from(k.begin + layout_.depth);
     auto* const memory = a_memory_.get() + member * a_numbers_;
     const bool accumulate = accumulate_ || k.begin > 0;
+    if constexpr (turned) return gemm_turned_block(a_, rows_of(tiles), k, block, memory, accumulate, c_);
 #if FASTSEQ_AMX
     if constexpr (kInAmx<T>)
       return amx_gemm_block<Shape::vectors>(
@@ -174,7 +183,7 @@ class Gemm {
   // who has not come yet: what he has not begun is done by the others.
   void share_rows() {
     const int64_t blocks = layout_.blocks;
-    T* const memory = packed_b_ ? nullptr : b_memory_.allocate((blocks > 1 ? kBuffers : 1) * layout_.block_numbers);
+    T* const memory = packed_b_ ? nullptr : b_memory_.allocate((blocks > 1 ? kBuffers : 1) * block_numbers());
     const int64_t tile_work = kTileRows * c_.columns * layout_.depth,
                   enough = (kGemmToTake + tile_work - 1) / tile_work;
     const int64_t least = enough < kGemmTilesToTake ? kGemmTilesToTake : enough < kMost ? enough : kMost;
@@ -191,11 +200,10 @@ class Gemm {
     parallel(team_, [&](int member, int) {
       for (int64_t i = 0; i < blocks; ++i) {
         const Depth k = depth_from(i * layout_.depth);
-        const T* block =
-            packed_b_ ? packed_b_ + i * layout_.block_numbers : memory + i % kBuffers * layout_.block_numbers;
+        const T* block = packed_b_ ? packed_b_ + i * block_numbers() : memory + i % kBuffers * block_numbers();
         if (!packed_b_) {
           if (i >= kBuffers) wait_until([&] { return progress[i - kBuffers].multiplied() == tiles_; });
-          pack_together(k, memory + i % kBuffers * layout_.block_numbers, progress[i]);
+          pack_together(k, memory + i % kBuffers * block_numbers(), progress[i]);
         }
         // The order of the sums.
         if (i > 0) wait_until([&] { return progress[i - 1].multiplied() == tiles_; });
@@ -210,6 +218,15 @@ class Gemm {
     });
   }
   void pack_together(Depth k, T* to, GemmProgress& progress) const {
+    if constexpr (turned) {
+      const int64_t pieces = (n_ + kColumnsToPack - 1) / kColumnsToPack;
+      for (int64_t i; (i = progress.take_packing()) < pieces;) {
+        const int64_t j = i * kColumnsToPack, count = n_ - j < kColumnsToPack ? n_ - j : kColumnsToPack;
+        pack_a<kStripColumns<T>>(columns_of(b_.data, b_.row), j, count, k.begin, k.size, to + j * k.size);
+        progress.add_packed();
+      }
+      return wait_until([&] { return progress.packed() == pieces; });
+    }
     const int64_t chains = (k.size + kChain - 1) / kChain, all = layout_.panels * chains;
     const int64_t worth_taking = layout_.panels * Shape::panel_numbers(k.size) / kGemmNumbersToTake;
     const int64_t wanted = worth_taking > team_ ? worth_taking : team_, pieces = wanted < all ? wanted : all;
@@ -254,6 +271,9 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
       return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
     if (n <= kRowsInPlace && a.row == 1 && a.column > 1)
       return gemm_few_columns(threads, m, n, k, a, b, accumulate, c, ldc);
+    const bool for_all = m >= PanelShape<T, 1>::width * gemm_team(threads, m, n, k);  // threads there are tiles
+    if (a.row == 1 && a.column > 1 && b.column == 1 && m >= n && k >= kTermsToTurn && for_all && !packed_b)
+      return Gemm<T, 1, true>(m, n, k, a, b, accumulate, {c, ldc, PanelShape<T, 1>::width, n}, nullptr).run(threads);
   }
   Gemm<T, 1>(m, n, k, a, b, accumulate, {c, ldc, PanelShape<T, 1>::width, n}, packed_b).run(threads);
 }

@@ -135,6 +135,7 @@ struct RowsAhead {
   const T* at = nullptr;
   int64_t column = 0, numbers = 0, done = 0, left = 0, every = 0;  // left: of k
 
+  RowsAhead() = default;
   RowsAhead(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, int64_t calls)
       : column(a.column), numbers(rows.end - rows.begin < kGemmRows ? rows.end - rows.begin : kGemmRows) {
     if (a.column == 1 || k_size <= 0) return;
@@ -172,11 +173,27 @@ struct GemmRows {
   int64_t row, step, tile, count;
 };
 
-// c[rows][columns] (+)= a . the first NV vectors of the panel's PV; columns may be fewer. A chain's part of the panel
+// to[j][i] = from[i][j].
+template <class A>
+void transpose_all(const A* from, int64_t ld_from, int64_t rows, int64_t columns, A* to, int64_t ld_to) {
+  constexpr int64_t V = Vec<A>::size;
+  for (int64_t j = 0; j < columns; j += V)
+    for (int64_t i = 0; i < rows; i += V) {
+      if (i + V <= rows && j + V <= columns) {
+        transpose<A>(from + i * ld_from + j, ld_from, to + j * ld_to + i, ld_to);
+        continue;
+      }
+      for (int64_t y = j; y < j + V && y < columns; ++y)
+        for (int64_t x = i; x < i + V && x < rows; ++x) to[y * ld_to + x] = from[x * ld_from + y];
+    }
+}
+
+// c[rows][columns], if `transposed` c[columns][rows], (+)= a . the first NV vectors of the panel's PV; columns may be
+// fewer. A chain's part of the panel
 // stays in the first cache while all rows go by; `rows_first` where that is not worth that A comes in pieces from many
 // rows of memory. Between chains the sums lie side by side: rows of C a power of two apart share a few sets of the
 // cache. next: the panel after this one, or null; while a chain's rows go by, the weights of the next chain come.
-template <int MR, int NV, int PV, class T>
+template <int MR, int NV, int PV, bool transposed, class T>
 void gemm_panel(const GemmRows<T>& a, const T* panel, int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns,
                 bool accumulate, bool rows_first, RowsAhead<T>& rows_ahead, const T* next) {
   using A = Compute<T>;
@@ -184,26 +201,32 @@ void gemm_panel(const GemmRows<T>& a, const T* panel, int64_t k_size, Compute<T>
   constexpr int64_t width = NV * V::size, panel_width = PV * V::size, count = Terms<T>::count;
   constexpr int64_t line = kLineNumbers<T>, lines = width * count / line;
   alignas(64) A sums[kGemmRows * width];
-  const bool narrow = columns < width;  // all chains' sums lie there
+  const bool apart = transposed || columns < width;  // all chains' sums lie there
   const auto each_vector = [&](const auto& use) {
     for (int64_t r = 0; r < a.count; ++r)
       for (int64_t j = 0; j < columns; j += V::size) use(sums + r * width + j, c + r * ldc + j, columns - j);
   };
-  if (narrow && accumulate) each_vector([](A* sum, A* at, int64_t valid) { V::load(at, valid).store(sum); });
+  if (apart && accumulate) {
+    if constexpr (transposed) {
+      transpose_all(c, ldc, columns, a.count, sums, width);
+    } else {
+      each_vector([](A* sum, A* at, int64_t valid) { V::load(at, valid).store(sum); });
+    }
+  }
   const auto multiply = [&](int64_t i, int64_t k) __attribute__((always_inline)) {
     const bool last = k + kChain >= k_size;
     const int64_t size = last ? k_size - k : kChain, rows = a.count - i;
     const auto* const from = a.data + i / MR * a.tile + k / count * a.step;
     const T* const part = panel + k * panel_width;
     A *const own = sums + i * width, *const at = c + i * ldc;
-    const A* before = k > 0 || narrow ? own : at;
+    const A* before = k > 0 || apart ? own : at;
     const int64_t ld_before = before == own ? width : ldc;
     if (k == 0 && !accumulate) before = nullptr;
     if (before == at)  // what is added to comes from far away, in time for the end of the chain
       for (int64_t r = 0; r < MR && r < rows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) __builtin_prefetch(at + r * ldc + v * V::size, 1);
-    A* const to = last && !narrow ? at : own;
+    A* const to = last && !apart ? at : own;
     const int64_t ld = to == own ? width : ldc;
     rows_ahead.ask();
     if (next && i / MR < lines && rows >= MR) {  // a line at each step
@@ -220,7 +243,11 @@ void gemm_panel(const GemmRows<T>& a, const T* panel, int64_t k_size, Compute<T>
     for (int64_t k = 0; k < k_size; k += kChain)
       for (int64_t i = 0; i < a.count; i += MR) multiply(i, k);
   }
-  if (narrow) each_vector([](A* sum, A* at, int64_t valid) { V::load(sum).store(at, valid); });
+  if constexpr (transposed) {
+    transpose_all(sums, width, a.count, columns, c, ldc);
+  } else if (apart) {
+    each_vector([](A* sum, A* at, int64_t valid) { V::load(sum).store(at, valid); });
+  }
 }
 
 // A block of K, or what there is of it.
@@ -251,9 +278,34 @@ void gemm_block(const Matrix<T>& a, Range rows, Depth k, Range next, Depth k_nex
     const T* const panel = panels + j * panel_stride;
     const int64_t valid = c.columns - j * width;
     for_vectors_of<NV, Vec<Compute<T>>>(valid, [&](auto part) {
-      gemm_panel<MR, decltype(part)::value, NV, T>(
+      gemm_panel<MR, decltype(part)::value, NV, false>(
           left, panel, k.size, c.data + i0 * c.row + j * c.panel, c.row, valid, accumulate,
           !packed && j == columns.begin, rows_ahead, far && j + 1 < columns.end ? panel + panel_stride : nullptr);
     });
   }
+}
+
+// The product turned round, where A's columns lie in memory: a panel's worth of them is the panel, and B's columns are
+// the rows that go by, in strips of as many as a tile has. What is packed in such small pieces is then B, which has to
+// be the smaller of the two.
+template <class T>
+constexpr int kStripColumns = tile_rows(PanelShape<T, 1>::vectors);
+
+// The rows of C that belong to some columns of A, at most a panel's worth, against one block of K. strips: [strip][k]
+// [kStripColumns], of all columns of B; panel: memory for [k][a panel's worth].
+template <class T>
+void gemm_turned_block(const Matrix<T>& a, Range rows, Depth k, const T* strips, T* panel, bool accumulate,
+                       const GemmResult<T>& c) {
+  constexpr int NV = PanelShape<T, 1>::vectors, MR = kStripColumns<T>;
+  const int64_t here = rows.end - rows.begin;
+  pack_straight(a.data + rows.begin + k.begin * a.column, a.column, here, k.size, 0, panel);
+  RowsAhead<T> nothing;
+  for_vectors_of<NV, Vec<T>>(here, [&](auto part) {
+    for (int64_t j = 0; j < c.columns; j += kGemmRows) {
+      const int64_t count = c.columns - j < kGemmRows ? c.columns - j : kGemmRows;
+      const GemmRows<T> columns{strips + j * k.size, 1, MR, MR * k.size, count};
+      gemm_panel<MR, decltype(part)::value, NV, true>(columns, panel, k.size, c.data + rows.begin * c.row + j, c.row,
+                                                      here, accumulate, false, nothing, static_cast<const T*>(nullptr));
+    }
+  });
 }

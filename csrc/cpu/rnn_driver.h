@@ -25,6 +25,9 @@ constexpr int64_t kBytesToFold = 1 << 20;         // of W_ih and W_hh, of which 
 constexpr int64_t kChunkBytes = 2 << 20;          // gx that threads compute together ahead of the steps
 constexpr int64_t kChunkRows = 256;               // at least: a product of a few rows reads all panels for them
 constexpr int64_t kChunkBytesNear = 1 << 18;  // x and gx that a thread computes for itself: its own cache holds them
+// Kept planes of so many bytes are gone from the caches when backward wants them: they go to memory at once, without
+// being fetched from there before. In whole lines.
+constexpr int64_t kBytesToStream = 16 << 20;
 constexpr int64_t kBackwardChunkBytes = 4 << 20;  // dg kept for the weight gradients
 constexpr int64_t kBackwardChunkRows = 2048;      // at least: their products pack what they multiply once a chunk
 

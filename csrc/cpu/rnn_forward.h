@@ -127,6 +127,10 @@ class ForwardDirection {
       }
     }
     apart_ = alone && !gx_elsewhere();
+    constexpr uintptr_t line = 64;
+    const int64_t kept_bytes = kept_ ? schedule.total_rows() * Cell::kept * H_ * static_cast<int64_t>(sizeof(T)) : 0;
+    streams_ = kSameType && kStreamsLines && apart_ && kept_bytes >= kBytesToStream && H_ * sizeof(T) % line == 0 &&
+               reinterpret_cast<uintptr_t>(kept_) % line == 0;
     if (alone) {
       const int64_t rows = (schedule.batch + plan.row_groups - 1) / plan.row_groups;
       const bool far = kInAmx<T> && gx_numbers(H_) * I * static_cast<int64_t>(sizeof(T)) >= kGemmBytesFar;
@@ -280,6 +284,7 @@ class ForwardDirection {
         if (p_->proj_size && n) project_hidden(t, rows, outputs);
       }
     }
+    if (streams_) store_fence();
   }
 
   // gx of some units alone.
@@ -402,8 +407,15 @@ class ForwardDirection {
       if constexpr (Cell::cell_state) c.part[i].store(c_ + at.r * H_ + at.j, valid);
       if constexpr (Cell::kept > 0) {
         if (kept_)
-          for (int k = 0; k < Cell::kept; ++k)
-            keep[k].part[i].store(kept_ + (at.n * Cell::kept + k) * H_ + at.j, valid);
+          for (int k = 0; k < Cell::kept; ++k) {
+            T* const to = kept_ + (at.n * Cell::kept + k) * H_ + at.j;
+            if constexpr (whole && kSameType)
+              if (streams_) {
+                keep[k].part[i].stream(to);
+                continue;
+              }
+            keep[k].part[i].store(to, valid);
+          }
       }
       if (p_->proj_size) {
         now.part[i].store(emitted_row(at.n, at.r) + at.j, valid);
@@ -439,6 +451,7 @@ class ForwardDirection {
   bool packed_ = false, folded_ = false;
   bool in_output_ = false, in_kept_ = false;  // gx takes no memory of its own: what comes of it overwrites it
   bool apart_ = false;                        // gx of a thread's rows is computed by that thread
+  bool streams_ = false;                      // kept planes are written past the caches
   int64_t gx_steps_ = 0, w_ih_panels_ = 0;
   typename PackedDirection<Cell, T>::Hidden hidden_, input_;
   typename PackedDirection<Cell, T>::Projection projection_;

@@ -43,6 +43,14 @@ FASTSEQ_INLINE float to_compute(bfloat16 x) {
 FASTSEQ_INLINE float to_compute(float x) { return x; }
 FASTSEQ_INLINE double to_compute(double x) { return x; }
 
+#if defined(__AVX512F__)
+constexpr bool kStreamsLines = true;
+inline void store_fence() { _mm_sfence(); }
+#else  // a line takes several vectors
+constexpr bool kStreamsLines = false;
+inline void store_fence() {}
+#endif
+
 template <class T>
 struct Vec {
   using Native = typename VecTraits<T>::vector;
@@ -63,6 +71,15 @@ struct Vec {
     return n;
   }
   FASTSEQ_INLINE void store(T* p) const { __builtin_memcpy(p, &v, sizeof v); }
+
+  // A whole line, past the caches, for whoever comes much later. Others see it after a store_fence() at the latest.
+  FASTSEQ_INLINE void stream(T* p) const {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#else
+    store(p);
+#endif
+  }
 
   // The first n lanes; the others read as zero and are never written, so no access leaves the row.
   FASTSEQ_INLINE static Vec load(const T* p, int64_t n) {
