@@ -14,7 +14,8 @@ from fastseq import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS, DRIVER, PANEL = "csrc/cells.h", "csrc/cpu/rnn_driver.h", "csrc/cpu/panel.h"
-GEMM, DIRECT, STEP = "csrc/cpu/gemm.h", "csrc/cpu/direct.h", "csrc/cpu/step_weights.h"
+GEMM, BLOCK = "csrc/cpu/gemm.h", "csrc/cpu/gemm_block.h"
+DIRECT, STEP = "csrc/cpu/direct.h", "csrc/cpu/step_weights.h"
 AMX, AMX_PRODUCT = "csrc/cpu/amx.h", "csrc/cpu/amx_product.h"
 PARALLEL, VECTORS = "csrc/cpu/parallel.h", "csrc/cpu/vec.h"
 FORWARD, BACKWARD = "csrc/cpu/rnn_forward.h", "csrc/cpu/rnn_backward.h"
@@ -63,6 +64,21 @@ FAULTS = {
         FORWARD,
         "done += rows.end - rows.begin;",
         "done += s > begin ? rows.end - rows.begin : 0;",
+    ),
+    "gemm, turned: a later block of K overwrites the first": (
+        BLOCK,
+        "      transpose_all(c, ldc, columns, a.count, sums, width);",
+        "",
+    ),
+    "gemm, turned: columns past the first rows that go by are the first": (
+        BLOCK,
+        "columns{strips + j * k.size,",
+        "columns{strips,",
+    ),
+    "gemm, turned: strips are packed on top of one another": (
+        GEMM,
+        "j, count, k.begin, k.size, to + j * k.size)",
+        "j, count, k.begin, k.size, to)",
     ),
     "gemm: columns of a few change places": (GEMM, "left[j * k + i] =", "left[(n - 1 - j) * k + i] ="),
     "amx: the last of an odd number of blocks is left out": (AMX_PRODUCT, "if (r < rows) amx", "if (r == 0) amx"),

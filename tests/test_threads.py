@@ -162,6 +162,21 @@ def test_one_thread_and_two_agree():
         torch.set_num_threads(2)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("H", [16, 20])
+def test_more_kept_planes_than_the_caches_hold(cell, H):
+    # 64 x 1100 rows of four or five planes of float32: past 16 MiB, where threads that share rows write them to memory
+    # at once if they are whole lines. One thread alone writes them as ever.
+    problem = Case(cell, T=64, B=1100, I=2, H=H, dtype=torch.float32).problem()
+    together = everything(problem)
+    torch.set_num_threads(1)
+    alone = everything(problem)
+    for name, tensor in together.items():
+        torch.testing.assert_close(
+            tensor, alone[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def test_more_threads_than_cores():
     torch.set_num_threads(2 * (os.cpu_count() or 1) + 1)
     for case in CASES:

@@ -218,26 +218,28 @@ class Gemm {
     });
   }
   void pack_together(Depth k, T* to, GemmProgress& progress) const {
+    int64_t pieces;
     if constexpr (turned) {
-      const int64_t pieces = (n_ + kColumnsToPack - 1) / kColumnsToPack;
+      pieces = (n_ + kColumnsToPack - 1) / kColumnsToPack;
       for (int64_t i; (i = progress.take_packing()) < pieces;) {
         const int64_t j = i * kColumnsToPack, count = n_ - j < kColumnsToPack ? n_ - j : kColumnsToPack;
         pack_a<kStripColumns<T>>(columns_of(b_.data, b_.row), j, count, k.begin, k.size, to + j * k.size);
         progress.add_packed();
       }
-      return wait_until([&] { return progress.packed() == pieces; });
-    }
-    const int64_t chains = (k.size + kChain - 1) / kChain, all = layout_.panels * chains;
-    const int64_t worth_taking = layout_.panels * Shape::panel_numbers(k.size) / kGemmNumbersToTake;
-    const int64_t wanted = worth_taking > team_ ? worth_taking : team_, pieces = wanted < all ? wanted : all;
-    for (int64_t i; (i = progress.take_packing()) < pieces;) {
-      const Range piece = part(all, i, pieces);
-      for (int64_t n = piece.begin; n < piece.end; ++n) {
-        const int64_t j = n / chains, from = n % chains * kChain;
-        pack_b<Gates>(b_, k.begin + from, k.size - from < kChain ? k.size - from : kChain, n_, j,
-                      to + j * layout_.panel_stride + from * Shape::width);
+    } else {
+      const int64_t chains = (k.size + kChain - 1) / kChain, all = layout_.panels * chains;
+      const int64_t worth_taking = layout_.panels * Shape::panel_numbers(k.size) / kGemmNumbersToTake;
+      const int64_t wanted = worth_taking > team_ ? worth_taking : team_;
+      pieces = wanted < all ? wanted : all;
+      for (int64_t i; (i = progress.take_packing()) < pieces;) {
+        const Range piece = part(all, i, pieces);
+        for (int64_t n = piece.begin; n < piece.end; ++n) {
+          const int64_t j = n / chains, from = n % chains * kChain;
+          pack_b<Gates>(b_, k.begin + from, k.size - from < kChain ? k.size - from : kChain, n_, j,
+                        to + j * layout_.panel_stride + from * Shape::width);
+        }
+        progress.add_packed();
       }
-      progress.add_packed();
     }
     wait_until([&] { return progress.packed() == pieces; });
   }

@@ -26,7 +26,8 @@ const Shape kShapes[] = {
     {1, 1, 1, 1, 0, 1, false, false, false},
     {2, 1, 5, 364, 150, 1, false, true, true},  // products of one row that threads share
     {1, 3, 2, 64, 17, 2, false, true, true},
-    {9, 3, 7, 129, 0, 1, false, true, false},  // units shared in whole panels
+    {9, 3, 7, 129, 0, 1, false, true, false},   // units shared in whole panels
+    {40, 30, 12, 100, 0, 1, true, true, true},  // gradients of several blocks of K, whose products are turned round
     {2, 70, 7, 7, 0, 2, true, false, false},
     {2, 1, 64, 3, 0, 1, false, true, true},
     {7, 7, 33, 17, 33, 1, true, true, true},  // P > H
