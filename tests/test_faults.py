@@ -224,6 +224,8 @@ def test_without_a_fault_all_is_well(tree):
 @pytest.mark.faults
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_seen(name, tree):
+    if name.startswith("gemm, turned") and not _C.isa().startswith(("avx512", "amx")):
+        pytest.skip("only panels of AVX-512's vectors are wide enough")
     file, old, new = FAULTS[name]
     text = (tree / file).read_text()
     (tree / file).write_text(text.replace(old, new))

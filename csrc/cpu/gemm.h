@@ -17,7 +17,10 @@ constexpr int64_t kGemmTilesToTake = 4;
 constexpr int64_t kGemmToTake = 1 << 22;
 constexpr int64_t kGemmNumbersToTake = 1 << 13;  // likewise of B to pack, as members ask one another for the next piece
 
-constexpr int64_t kTermsToTurn = 256;  // of which A and B change places: what comes of it has to be turned back
+constexpr int64_t kTermsToTurn = 256;  // for which A and B change places: what comes of it has to be turned back
+// All strips of B go by every panel of A: one as wide as with AVX-512 makes up for that.
+template <class T>
+constexpr bool kTurns = PanelShape<T, 1>::width * sizeof(T) >= 256;
 
 // How many of some threads share a product.
 inline int gemm_team(int threads, int64_t m, int64_t n, int64_t k) {
@@ -273,9 +276,11 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
       return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
     if (n <= kRowsInPlace && a.row == 1 && a.column > 1)
       return gemm_few_columns(threads, m, n, k, a, b, accumulate, c, ldc);
-    const bool for_all = m >= PanelShape<T, 1>::width * gemm_team(threads, m, n, k);  // threads there are tiles
-    if (a.row == 1 && a.column > 1 && b.column == 1 && m >= n && k >= kTermsToTurn && for_all && !packed_b)
-      return Gemm<T, 1, true>(m, n, k, a, b, accumulate, {c, ldc, PanelShape<T, 1>::width, n}, nullptr).run(threads);
+    if constexpr (kTurns<T>) {
+      const bool tiles_for_all = m >= PanelShape<T, 1>::width * gemm_team(threads, m, n, k);
+      if (a.row == 1 && a.column > 1 && b.column == 1 && m >= n && k >= kTermsToTurn && tiles_for_all && !packed_b)
+        return Gemm<T, 1, true>(m, n, k, a, b, accumulate, {c, ldc, PanelShape<T, 1>::width, n}, nullptr).run(threads);
+    }
   }
   Gemm<T, 1>(m, n, k, a, b, accumulate, {c, ldc, PanelShape<T, 1>::width, n}, packed_b).run(threads);
 }
