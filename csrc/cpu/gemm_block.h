@@ -189,10 +189,10 @@ void transpose_all(const A* from, int64_t ld_from, int64_t rows, int64_t columns
 }
 
 // c[rows][columns], if `transposed` c[columns][rows], (+)= a . the first NV vectors of the panel's PV; columns may be
-// fewer. A chain's part of the panel
-// stays in the first cache while all rows go by; `rows_first` where that is not worth that A comes in pieces from many
-// rows of memory. Between chains the sums lie side by side: rows of C a power of two apart share a few sets of the
-// cache. next: the panel after this one, or null; while a chain's rows go by, the weights of the next chain come.
+// fewer. A chain's part of the panel stays in the first cache while all rows go by; `rows_first` where that is not
+// worth that A comes in pieces from many rows of memory. Between chains the sums lie side by side: rows of C a power of
+// two apart share a few sets of the cache. next: the panel after this one, or null; while a chain's rows go by, the
+// weights of the next chain come.
 template <int MR, int NV, int PV, bool transposed, class T>
 void gemm_panel(const GemmRows<T>& a, const T* panel, int64_t k_size, Compute<T>* c, int64_t ldc, int64_t columns,
                 bool accumulate, bool rows_first, RowsAhead<T>& rows_ahead, const T* next) {
