@@ -42,6 +42,11 @@ FAULTS = {
         "u0 + u < valid && k < k_size ? from",
         "u0 + u < valid - (valid != Shape::units) && k < k_size ? from",
     ),
+    "a part panel that is packed straight loses its last unit": (
+        PANEL,
+        "V::load(from + u, valid - u) : V(0)",
+        "V::load(from + u, valid - u - 1) : V(0)",
+    ),
     "backward, rnn: the wrong sign in tanh's derivative": (CELLS, "V(1) - h * h", "V(1) + h * h"),
     "backward, lstm: dc does not pass the forget gate": (CELLS, "dc = dc_now * f;", "dc = dc_now;"),
     "backward, lstm: g's derivative is left out": (CELLS, "dc_now * i * (V(1) - g * g)", "dc_now * i"),

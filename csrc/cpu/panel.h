@@ -126,6 +126,15 @@ void pack_straight(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j,
   for (int64_t k = 0; k < padded_terms<T>(k_size); k += count) {
     T* to = panel + panel_place<Shape>(k, 0);
     const T* from = w + k * ld + first;
+    if constexpr (count == 1 && sizeof(T) == sizeof(Compute<T>)) {
+      if (valid < Shape::units) {
+        using V = typename Shape::V;
+#pragma GCC unroll 4
+        for (int64_t u = 0; u < Shape::units; u += V::size)
+          (u < valid ? V::load(from + u, valid - u) : V(0)).store(to + u);
+        continue;
+      }
+    }
     if (valid < Shape::units || k + count > k_size) {
       for (int64_t u = 0; u < Shape::units; ++u)
         for (int i = 0; i < count; ++i) to[u * count + i] = u < valid && k + i < k_size ? from[i * ld + u] : T{};
