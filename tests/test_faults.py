@@ -19,6 +19,7 @@ DIRECT, STEP = "csrc/cpu/direct.h", "csrc/cpu/step_weights.h"
 AMX, AMX_PRODUCT = "csrc/cpu/amx.h", "csrc/cpu/amx_product.h"
 PARALLEL, VECTORS = "csrc/cpu/parallel.h", "csrc/cpu/vec.h"
 FORWARD, BACKWARD = "csrc/cpu/rnn_forward.h", "csrc/cpu/rnn_backward.h"
+STACK = "csrc/cpu/rnn_stack.h"
 ATTENTION_FORWARD, ATTENTION_BACKWARD = "csrc/cpu/attention_forward.h", "csrc/cpu/attention_backward.h"
 
 # name: file, what is there once, what it becomes
@@ -69,6 +70,17 @@ FAULTS = {
         FORWARD,
         "done += rows.end - rows.begin;",
         "done += s > begin ? rows.end - rows.begin : 0;",
+    ),
+    "wave: no layer waits for the one it reads": (STACK, "if (i > 0) wave.wait(i - 1, end);", ""),
+    "wave: dx of every piece is written where the first is": (
+        BACKWARD,
+        "T* const to = p_->dx + rows.begin * I",
+        "T* const to = p_->dx",
+    ),
+    "wave: a later chunk of steps overwrites the gradients": (
+        STACK,
+        "all[i].gradients(s1 == T_,",
+        "all[i].gradients(true,",
     ),
     "gemm, turned: a later block of K overwrites the first": (
         BLOCK,
@@ -198,6 +210,7 @@ VARIANTS = {
         (DRIVER, "kWorkToMeasure = 1 << 26;", "kWorkToMeasure = 1;"),
         (DRIVER, "kWorthwhile = 24;", "kWorthwhile = int64_t(1) << 60;"),
     ),
+    "a layer of a wave is one step behind the one it reads": ((STACK, "kWaveRows = 12", "kWaveRows = 1"),),
     "members of a team share places at their barrier": ((PARALLEL, "kPlaces = 16", "kPlaces = 2"),),
     "vectors as wide as those of AVX-512, on any processor": (
         (

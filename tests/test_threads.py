@@ -27,6 +27,7 @@ CASES = [
     Case("gru", T=40, B=1, I=20, H=256, dtype=torch.float32),  # units shared
     Case("lstm", T=20, B=24, I=20, H=64, dtype=torch.float32),  # rows shared
     Case("rnn_tanh", T=3, B=24, I=20, H=64, dtype=torch.float32),  # a matrix product each step
+    Case("gru", T=200, B=1, I=20, H=32, layers=3, dtype=torch.float32),  # a wave: threads have a layer each
 ]
 
 
@@ -106,7 +107,12 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 @pytest.mark.parametrize(
     "case",
-    ['"gru", T=40, B=1, I=20, H=256', '"lstm", T=20, B=24, I=20, H=64', '"lstm", T=2, B=3, I=5, H=8, form="packed"'],
+    [
+        '"gru", T=40, B=1, I=20, H=256',
+        '"lstm", T=20, B=24, I=20, H=64',
+        '"lstm", T=2, B=3, I=5, H=8, form="packed"',
+        '"lstm", T=200, B=1, I=20, H=32, layers=2',
+    ],
 )
 def test_a_forked_child_computes_and_does_not_hang(case):
     """It is left with one thread, as a worker of DataLoader: torch's own products would hang otherwise."""

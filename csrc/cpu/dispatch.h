@@ -16,8 +16,13 @@ using fastseq::Computed;
 
 template <class T>
 struct TypedKernels {
-  void (*rnn_forward[kCells])(const RnnForward<T>&);
-  void (*rnn_backward[kCells])(const RnnBackward<T>&);
+  // Of so many layers of a stack, of which this is the first, how many are best given to one call, which then computes
+  // some of them at the same time: one where nothing is gained.
+  int (*rnn_layers_at_once[kCells])(const RnnLayer<T>&, int layers, bool backward);
+  // Layers of a stack, each of which reads what the one before it writes: forward the lowest comes first, backward the
+  // highest.
+  void (*rnn_forward[kCells])(const RnnForward<T>*, int layers);
+  void (*rnn_backward[kCells])(const RnnBackward<T>*, int layers);
   // A direction's weights as rnn_forward packs them at each call of many steps: so many numbers, written to memory
   // that is aligned to cache lines. Of the layer, sizes, weights and threads matter alone.
   int64_t (*rnn_packed_numbers[kCells])(const RnnLayer<T>&);

@@ -57,6 +57,7 @@ namespace fastseq::cpu::FASTSEQ_ISA_NAMESPACE {
 #include "rnn_driver.h"
 #include "rnn_forward.h"
 #include "rnn_backward.h"
+#include "rnn_stack.h"
 #include "../random.h"
 #include "../attention_entry.h"
 #include "attention_blocks.h"
@@ -76,6 +77,9 @@ void map(const T* x, T* y, int64_t n) {
 template <class T>
 constexpr TypedKernels<T> typed_kernels() {
   return {
+#define X(name, type) rnn_layers_at_once<type, T>,
+      {FASTSEQ_FOR_EACH_CELL(X)},
+#undef X
 #define X(name, type) rnn_forward<type, T>,
       {FASTSEQ_FOR_EACH_CELL(X)},
 #undef X

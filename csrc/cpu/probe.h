@@ -41,7 +41,8 @@ double fma_rate(int64_t iterations, int threads) {
   return 2.0 * chains * Vec<T>::size * static_cast<double>(iterations) * members / seconds;
 }
 
-// Seconds in which `threads` threads meet once, each having written a line that the others then read.
+// Seconds in which `threads` threads meet once, each having written a line that the others then read. NaN where they do
+// not, as fewer came or one was kept waiting for so long that he went on alone.
 inline double meeting_seconds(int64_t times, int threads) {
   struct alignas(64) Line {
     int64_t number;
@@ -49,19 +50,20 @@ inline double meeting_seconds(int64_t times, int threads) {
   Workspace<Line> memory;
   Line* const lines = memory.zeros(threads);
   Barrier barrier;
+  barrier.begin();
   double seconds = 0;
   parallel(threads, [&](int member, int team) {
     Share share{member, team};
     int64_t sum = 0;
-    barrier.wait(share);
+    bool alone = barrier.wait(share);
     const double begin = seconds_now();
     for (int64_t n = 0; n < times; ++n) {
       __atomic_store_n(&lines[member].number, n + sum % 2, __ATOMIC_RELAXED);
-      barrier.wait(share);
+      alone = barrier.wait(share) || alone;
       for (int other = 0; other < team; ++other) sum += __atomic_load_n(&lines[other].number, __ATOMIC_RELAXED);
     }
     asm volatile("" : : "r"(sum));
-    if (member == 0) seconds = seconds_now() - begin;
+    if (member == 0) seconds = team < threads || alone ? __builtin_nan("") : seconds_now() - begin;
     barrier.wait(share);
   });
   return seconds / static_cast<double>(times);

@@ -47,6 +47,7 @@ class BackwardDirection {
   using A = Compute<T>;
   using V = Vec<A>;
   using Shape = PanelShape<T, 1>;
+  static constexpr bool kSameType = sizeof(A) == sizeof(T);
 
   void prepare(const RnnBackward<T>& p, int direction, int64_t chunk_steps) {
     p_ = &p;
@@ -70,7 +71,7 @@ class BackwardDirection {
       copy_or_zero(dc_, p.d_c_n ? p.d_c_n + d_ * B * H_ : nullptr, B * H_);
     }
     zeros_.zeros(H_ > hout_ ? H_ : hout_);
-    packed_ = p.schedule.steps >= kStepsToPack || B >= kRowsToPack;
+    packed_ = packs(p);
     hidden_.prepare(w_.w_hh, hout_, hout_, GH_, packed_);
     if (p.proj_size) {
       d_projected_.allocate(chunk_rows * hout_);
@@ -87,14 +88,36 @@ class BackwardDirection {
     for (const GateRun& run : Cell::hidden_runs) runs_[k++] = {run.plane * H_, run.count * H_};
   }
 
-  Work work() const {
-    const Schedule& schedule = p_->schedule;
-    return {
-        GH_ * hout_,       schedule.total_rows(),    hidden_.parts(schedule.batch), !packed_, kWeightsToStreamBackward,
-        kWeightsOfFewRows, kWorkToShareUnitsBackward};
+  static Work work(const RnnLayer<T>& p) {
+    const Schedule& schedule = p.schedule;
+    const int64_t hout = p.out_size();
+    return {Cell::gates * p.hidden_size * hout,
+            schedule.total_rows(),
+            StepWeights<1, T, false>::parts(hout, schedule.batch),
+            !packs(p),
+            kWeightsToStreamBackward,
+            kWeightsOfFewRows,
+            kWorkToShareUnitsBackward};
   }
-  int64_t panels() const { return hidden_.panels() + projection_.panels(); }
-  void pack(int64_t i) { i < hidden_.panels() ? hidden_.pack(i) : projection_.pack(i - hidden_.panels()); }
+  static bool packs(const RnnLayer<T>& p) {
+    return p.schedule.steps >= kStepsToPack || p.schedule.batch >= kRowsToPack;
+  }
+  int64_t panels() const { return hidden_.panels() + projection_.panels() + w_ih_panels_; }
+  void pack(int64_t i) {
+    if (i < hidden_.panels()) return hidden_.pack(i);
+    i -= hidden_.panels();
+    if (i < projection_.panels()) return projection_.pack(i);
+    i -= projection_.panels();
+    gemm_pack_panel<1>(p_->input_size, GH_, rows_of(w_.w_ih, p_->input_size), i, w_ih_memory_.get());
+  }
+
+  // Where one thread has the layer, and the layer below waits for its dx.
+  void plan_wave(int64_t steps) {
+    const GemmPanels<T> layout(p_->input_size, GH_);
+    w_ih_panels_ = layout.blocks * layout.panels;
+    w_ih_memory_.allocate(layout.numbers());
+    if (!kSameType) dx_memory_.allocate(steps * p_->schedule.batch * p_->input_size);
+  }
 
   void begin_chunk(int64_t s0, int64_t s1) { rows_ = walk_.packed_rows(s0, s1); }
 
@@ -127,6 +150,17 @@ class BackwardDirection {
       // Past the first step of the walk the product is dL/dh0, which nobody may have asked for.
       if (s > 0 || p_->d_h0) carry_back(t, rows, outputs, share.members > 1);
     }
+  }
+
+  // dx of steps [s0, s1), of a layer that plan_wave() was called for.
+  void input_gradient(int64_t s0, int64_t s1) {
+    const Range rows = walk_.packed_rows(s0, s1);
+    const int64_t count = rows.end - rows.begin, I = p_->input_size;
+    T* const to = p_->dx + rows.begin * I;
+    A* dx = dx_memory_.get();
+    if constexpr (kSameType) dx = to;
+    gemm(1, count, I, GH_, rows_of(dg_row(rows.begin), ldg_), rows_of(w_.w_ih, I), false, dx, I, w_ih_memory_.get());
+    if (!kSameType) copy_or_zero(to, dx, count * I);
   }
 
   // What the chunk's dg gives, one product or reduction each; `first` overwrites, later chunks add. Those that are too
@@ -371,20 +405,28 @@ class BackwardDirection {
   DirectionWeights<T> w_;
   int64_t H_ = 0, GH_ = 0, hout_ = 0, ldo_ = 0, ldg_ = 0;
   bool packed_ = false;
+  int64_t w_ih_panels_ = 0;
   Range rows_{};                        // packed rows of the chunk
   A *carry_ = nullptr, *dc_ = nullptr;  // (B, Hout), (B, H): where the walk ends, dL/dh0 and dL/dc0
   KPiece runs_[Cell::runs];
   StepWeights<1, T, false> hidden_, projection_;
   Result<T> d_h0_, d_c0_, d_w_ih_, d_w_hh_, d_b_ih_, d_b_hh_, d_w_hr_;
-  Workspace<T> dg_, d_projected_, zeros_, h_prev_;
+  Workspace<T> dg_, d_projected_, zeros_, h_prev_, w_ih_memory_;
+  Workspace<A> dx_memory_;
 };
 
+// Steps whose dg is kept.
 template <class Cell, class T>
-void rnn_backward(const RnnBackward<T>& p) {
+int64_t backward_chunk(const RnnBackward<T>& p) {
+  const int64_t row_bytes = Cell::grads * p.hidden_size * sizeof(T);
+  return steps_per_chunk(p.schedule.batch, row_bytes, kBackwardChunkBytes, kBackwardChunkRows);
+}
+
+template <class Cell, class T>
+void layer_backward(const RnnBackward<T>& p) {
   BackwardDirection<Cell, T> directions[2];
   const int64_t T_ = p.schedule.steps;
-  const int64_t row_bytes = Cell::grads * p.hidden_size * sizeof(T);
-  const int64_t chunk = steps_per_chunk(p.schedule.batch, row_bytes, kBackwardChunkBytes, kBackwardChunkRows);
+  const int64_t chunk = backward_chunk<Cell>(p);
   for (int d = 0; d < p.directions; ++d) directions[d].prepare(p, d, chunk);
   if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
     const int64_t panels = directions[0].panels();
@@ -395,7 +437,7 @@ void rnn_backward(const RnnBackward<T>& p) {
     dx.open(p.dx, p.schedule.total_rows() * p.input_size);
     if (p.dx && dx_from_zero) memset(dx.get(), 0, p.schedule.total_rows() * p.input_size * sizeof(Compute<T>));
     RowShares shares[2];
-    const Work work = directions[0].work();
+    const Work work = BackwardDirection<Cell, T>::work(p);
     const Plan plan = make_plan(p.threads, p.directions, p.schedule.batch, work);
     const bool steps_shared = plan.tasks() * plan.members > 1;
     const int64_t piece = steps_to_measure<T>(plan, p.schedule, work);

@@ -64,7 +64,7 @@ class ForwardDirection {
     H_ = p.hidden_size;
     hout_ = p.out_size();
     ldo_ = p.directions * hout_;
-    packed_ = p.schedule.nominal_steps() >= kStepsToPack;
+    packed_ = packs(p);
     const int64_t B = p.schedule.batch;
     const T* ready = packed_ ? p.packed[d_] : nullptr;
     if (Cell::kept > 0) kept_ = p.kept[d_];
@@ -96,17 +96,19 @@ class ForwardDirection {
     if (p.proj_size && !p.emitted[d_]) emitted_.allocate(B * H_);
   }
 
-  Work work() const {
-    const int64_t weights = Cell::gates * H_ * (hout_ + (packed_ && !folded_ ? 0 : p_->input_size));
-    const Schedule& schedule = p_->schedule;
-    return {weights,          schedule.total_rows(), hidden_.parts(schedule.batch),
-            !packed_,         kWeightsToStream,      kInAmx<T> ? kWeightsOfFewRowsInAmx : kWeightsOfFewRows,
+  static Work work(const RnnLayer<T>& p) {
+    const bool packed = packs(p), with_input = !packed || folds(p);
+    const int64_t H = p.hidden_size, weights = Cell::gates * H * (p.out_size() + (with_input ? p.input_size : 0));
+    const Schedule& schedule = p.schedule;
+    return {weights,          schedule.total_rows(), PackedDirection<Cell, T>::Hidden::parts(H, schedule.batch),
+            !packed,          kWeightsToStream,      kInAmx<T> ? kWeightsOfFewRowsInAmx : kWeightsOfFewRows,
             kWorkToShareUnits};
   }
+  static bool packs(const RnnLayer<T>& p) { return p.schedule.nominal_steps() >= kStepsToPack; }
   // Whether gx is computed at each step, a panel's while its gates are due, and lies nowhere: AMX is done so soon that
   // writing and reading it counts. Where both weights stay in a core's own cache, and rows make up for reading W_ih as
   // often.
-  static bool folds(const RnnForward<T>& p) {
+  static bool folds(const RnnLayer<T>& p) {
     if constexpr (!kInAmx<T>) return false;
     const int64_t weights = gx_numbers(p.hidden_size) * (p.out_size() + p.input_size);
     return p.input_size <= kGemmK && weights * static_cast<int64_t>(sizeof(T)) <= kBytesToFold &&
@@ -116,7 +118,7 @@ class ForwardDirection {
   // How gx comes and where it lies; returns how many steps run() gets at a time.
   int64_t plan_gx(const Plan& plan) {
     const Schedule& schedule = p_->schedule;
-    const int64_t measured = steps_to_measure<T>(plan, schedule, work());
+    const int64_t measured = steps_to_measure<T>(plan, schedule, work(*p_));
     if (folded_) return measured;
     const int64_t I = p_->input_size, row_bytes = gx_numbers(H_) * sizeof(A);
     const bool alone = packed_ && plan.members == 1;
@@ -127,10 +129,6 @@ class ForwardDirection {
       }
     }
     apart_ = alone && !gx_elsewhere();
-    constexpr uintptr_t line = 64;
-    const int64_t kept_bytes = kept_ ? schedule.total_rows() * Cell::kept * H_ * static_cast<int64_t>(sizeof(T)) : 0;
-    streams_ = kSameType && kStreamsLines && apart_ && kept_bytes >= kBytesToStream && H_ * sizeof(T) % line == 0 &&
-               reinterpret_cast<uintptr_t>(kept_) % line == 0;
     if (alone) {
       const int64_t rows = (schedule.batch + plan.row_groups - 1) / plan.row_groups;
       const bool far = kInAmx<T> && gx_numbers(H_) * I * static_cast<int64_t>(sizeof(T)) >= kGemmBytesFar;
@@ -139,17 +137,14 @@ class ForwardDirection {
     } else {
       gx_steps_ = steps_per_chunk(schedule.batch, row_bytes, kChunkBytes, kChunkRows);
     }
-    const bool one_piece = gx_steps_ >= schedule.steps;
-    if (one_piece) gx_steps_ = schedule.steps;
-    if (!gx_elsewhere()) gx_memory_.allocate(schedule.batch * gx_steps_ * gx_numbers(H_));
-    if (packed_ && !panels_w_ih_ && (apart_ || !one_piece)) {
-      const auto lie = [&](const auto& layout) {
-        w_ih_panels_ = layout.blocks * layout.panels;
-        panels_w_ih_ = w_ih_memory_.allocate(layout.numbers());
-      };
-      gx_elsewhere() ? lie(GemmPanels<T>(Cell::gates * H_, I)) : lie(GemmPanels<T, Cell::gates>(H_, I));
-    }
+    take_gx_memory();
     return apart_ ? (measured + gx_steps_ - 1) / gx_steps_ * gx_steps_ : gx_steps_;
+  }
+  // Where one thread has the layer, and run_apart() gets so many steps at a time.
+  void plan_wave(int64_t steps) {
+    apart_ = true;
+    gx_steps_ = steps;
+    take_gx_memory();
   }
   // Numbers of gx that a row takes.
   static int64_t gx_numbers(int64_t hidden_size) { return Hidden::blocks(hidden_size) * Hidden::width; }
@@ -187,6 +182,43 @@ class ForwardDirection {
         gemm(p_->threads, count, Cell::gates * H_, I, x, columns_of(w_.w_ih, I), false, gx_.data + rows.begin * gx_.row,
              gx_.row, panels_w_ih_);
     }
+  }
+
+  // Steps [s0, s1) of rows that nobody else computes. Their gx, side by side whatever rows are beside them, is in this
+  // core's own cache when a step reads it.
+  void run_apart(int64_t s0, int64_t s1, Range mine) {
+    const int64_t I = p_->input_size, width = Hidden::width;
+    const Range units{0, hidden_.vectors()}, outputs{0, projection_.vectors()};
+    A* const own = gx_memory_.get() + mine.begin * gx_steps_ * gx_numbers(H_);
+    const bool in_order = mine.end - mine.begin == p_->schedule.batch && !walk_.reverse;
+    Workspace<T> memory;
+    T* const gathered = in_order ? nullptr : memory.allocate((mine.end - mine.begin) * gx_steps_ * I);
+    for (int64_t begin = s0; begin < s1; begin += gx_steps_) {
+      const int64_t end = begin + gx_steps_ < s1 ? begin + gx_steps_ : s1;
+      int64_t count = 0;  // rows of all steps
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t t = walk_.time(s);
+        const Range rows = walk_.alive(t, mine);
+        if (gathered)
+          memcpy(gathered + count * I, p_->x + (p_->schedule.offset(t) + rows.begin) * I,
+                 (rows.end - rows.begin) * I * sizeof(T));
+        count += rows.end - rows.begin;
+      }
+      const T* const x = gathered ? gathered : p_->x + p_->schedule.offset(begin) * I;
+      gemm_by_gates<Cell::gates>(1, count, H_, I, rows_of(x, I), w_.w_ih, I, own, panels_w_ih_);
+      int64_t done = 0;
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t t = walk_.time(s);
+        const Range rows = walk_.alive(t, mine);
+        const Gx gx{own + (done - p_->schedule.offset(t) - rows.begin) * width, width, count * width, Hidden::units};
+        done += rows.end - rows.begin;
+        Segment pieces[2];
+        const int n = segments(walk_, t, mine, pieces);
+        for (int i = 0; i < n; ++i) step(t, pieces[i], units, gx, false);
+        if (p_->proj_size && n) project_hidden(t, rows, outputs);
+      }
+    }
+    if (streams_) store_fence();
   }
 
   // Steps [s0, s1) of some rows, this member's share of their units.
@@ -245,46 +277,27 @@ class ForwardDirection {
     }
   };
   bool gx_elsewhere() const { return in_output_ || in_kept_; }
+  void take_gx_memory() {
+    const Schedule& schedule = p_->schedule;
+    const int64_t I = p_->input_size;
+    constexpr uintptr_t line = 64;
+    const int64_t kept_bytes = kept_ ? schedule.total_rows() * Cell::kept * H_ * static_cast<int64_t>(sizeof(T)) : 0;
+    streams_ = kSameType && kStreamsLines && apart_ && kept_bytes >= kBytesToStream && H_ * sizeof(T) % line == 0 &&
+               reinterpret_cast<uintptr_t>(kept_) % line == 0;
+    const bool one_piece = gx_steps_ >= schedule.steps;
+    if (one_piece) gx_steps_ = schedule.steps;
+    if (!gx_elsewhere()) gx_memory_.allocate(schedule.batch * gx_steps_ * gx_numbers(H_));
+    if (packed_ && !panels_w_ih_ && (apart_ || !one_piece)) {
+      const auto lie = [&](const auto& layout) {
+        w_ih_panels_ = layout.blocks * layout.panels;
+        panels_w_ih_ = w_ih_memory_.allocate(layout.numbers());
+      };
+      gx_elsewhere() ? lie(GemmPanels<T>(Cell::gates * H_, I)) : lie(GemmPanels<T, Cell::gates>(H_, I));
+    }
+  }
   T* output_row(int64_t n) const { return p_->output + n * ldo_ + d_ * hout_; }
   T* emitted_row(int64_t n, int64_t r) const {
     return p_->emitted[d_] ? p_->emitted[d_] + n * H_ : emitted_.get() + r * H_;
-  }
-
-  // Steps [s0, s1) of rows that nobody else computes. Their gx, side by side whatever rows are beside them, is in this
-  // core's own cache when a step reads it.
-  void run_apart(int64_t s0, int64_t s1, Range mine) {
-    const int64_t I = p_->input_size, width = Hidden::width;
-    const Range units{0, hidden_.vectors()}, outputs{0, projection_.vectors()};
-    A* const own = gx_memory_.get() + mine.begin * gx_steps_ * gx_numbers(H_);
-    const bool in_order = mine.end - mine.begin == p_->schedule.batch && !walk_.reverse;
-    Workspace<T> memory;
-    T* const gathered = in_order ? nullptr : memory.allocate((mine.end - mine.begin) * gx_steps_ * I);
-    for (int64_t begin = s0; begin < s1; begin += gx_steps_) {
-      const int64_t end = begin + gx_steps_ < s1 ? begin + gx_steps_ : s1;
-      int64_t count = 0;  // rows of all steps
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t t = walk_.time(s);
-        const Range rows = walk_.alive(t, mine);
-        if (gathered)
-          memcpy(gathered + count * I, p_->x + (p_->schedule.offset(t) + rows.begin) * I,
-                 (rows.end - rows.begin) * I * sizeof(T));
-        count += rows.end - rows.begin;
-      }
-      const T* const x = gathered ? gathered : p_->x + p_->schedule.offset(begin) * I;
-      gemm_by_gates<Cell::gates>(1, count, H_, I, rows_of(x, I), w_.w_ih, I, own, panels_w_ih_);
-      int64_t done = 0;
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t t = walk_.time(s);
-        const Range rows = walk_.alive(t, mine);
-        const Gx gx{own + (done - p_->schedule.offset(t) - rows.begin) * width, width, count * width, Hidden::units};
-        done += rows.end - rows.begin;
-        Segment pieces[2];
-        const int n = segments(walk_, t, mine, pieces);
-        for (int i = 0; i < n; ++i) step(t, pieces[i], units, gx, false);
-        if (p_->proj_size && n) project_hidden(t, rows, outputs);
-      }
-    }
-    if (streams_) store_fence();
   }
 
   // gx of some units alone.
@@ -465,12 +478,12 @@ class ForwardDirection {
 };
 
 template <class Cell, class T>
-void rnn_forward(const RnnForward<T>& p) {
+void layer_forward(const RnnForward<T>& p) {
   ForwardDirection<Cell, T> directions[2];
   for (int d = 0; d < p.directions; ++d) directions[d].prepare(p, d);
   const int64_t T_ = p.schedule.steps;
   if (p.schedule.total_rows() > 0 && p.hidden_size > 0) {
-    const Work work = directions[0].work();
+    const Work work = ForwardDirection<Cell, T>::work(p);
     const Plan plan = make_plan(p.threads, p.directions, p.schedule.batch, work);
     int64_t chunk = 0;  // of either direction
     for (int d = 0; d < p.directions; ++d) chunk = directions[d].plan_gx(plan);

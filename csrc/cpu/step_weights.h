@@ -41,12 +41,13 @@ class StepWeights {
     }
   }
 
-  int64_t vectors() const { return (n_ + Shape::V::size - 1) / Shape::V::size; }
+  static int64_t vectors(int64_t n) { return (n + Shape::V::size - 1) / Shape::V::size; }
+  int64_t vectors() const { return vectors(n_); }
   // What threads share: vectors of units, or, of few rows, panels of them.
-  int64_t parts(int64_t rows) const { return rows < kRowsToSplitPanels ? blocks_ : vectors(); }
+  static int64_t parts(int64_t n, int64_t rows) { return rows < kRowsToSplitPanels ? Shape::blocks(n) : vectors(n); }
   // A member's vectors.
   Range part_of(Share share, int64_t rows) const {
-    const Range mine = share.of(parts(rows));
+    const Range mine = share.of(parts(n_, rows));
     if (rows >= kRowsToSplitPanels) return mine;
     const int64_t end = mine.end * Shape::unit_vectors;
     return {mine.begin * Shape::unit_vectors, end < vectors() ? end : vectors()};

@@ -10,6 +10,7 @@
 #include "attention_check.h"
 #include "cpu/memory.h"
 #include "layer_check.h"
+#include "stack_check.h"
 #include "vec_math_check.h"
 
 namespace fastseq::test {
@@ -50,6 +51,7 @@ void check_isa(Report& report, const Kernels& kernels, bool quick) {
         plain.P = 0;
         check_case(report, kernels, Case(cell, facts, plain));
       }
+      check_stacks(report, kernels, cell, quick);
       if (quick) return;
       check_chunks(report, kernels, cell, 2, false);
       check_chunks(report, kernels, cell, 2, true);

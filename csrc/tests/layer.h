@@ -248,11 +248,10 @@ std::array<Guarded<T>, 2> pack_weights(const Kernels& kernels, const Case& c, co
   return packed;
 }
 
-// keep: as in training. Without `final_states` nobody asks for h_n and c_n.
+// f gets room for what the kernel writes. keep: as in training. Without `final_states` nobody asks for h_n and c_n.
 template <class T>
-Forward<T> run_forward(const Kernels& kernels, const Case& c, const Inputs<T>& in, bool keep, int threads,
-                       bool final_states = true, const std::array<Guarded<T>, 2>& packed = {}) {
-  Forward<T> f;
+RnnForward<T> forward_block(const Case& c, const Inputs<T>& in, Forward<T>& f, bool keep, int threads,
+                            bool final_states = true, const std::array<Guarded<T>, 2>& packed = {}) {
   RnnForward<T> p;
   fill_layer(p, c, in, threads);
   for (int d = 0; d < c.directions; ++d) p.packed[d] = packed[d].data();
@@ -266,15 +265,21 @@ Forward<T> run_forward(const Kernels& kernels, const Case& c, const Inputs<T>& i
     p.kept[d] = f.kept[d].data();
     p.emitted[d] = f.emitted[d].data();
   }
-  kernels.typed<T>().rnn_forward[c.cell](p);
+  return p;
+}
+template <class T>
+Forward<T> run_forward(const Kernels& kernels, const Case& c, const Inputs<T>& in, bool keep, int threads,
+                       bool final_states = true, const std::array<Guarded<T>, 2>& packed = {}) {
+  Forward<T> f;
+  const RnnForward<T> p = forward_block(c, in, f, keep, threads, final_states, packed);
+  kernels.typed<T>().rnn_forward[c.cell](&p, 1);
   return f;
 }
 
-// The gradients of the inputs that `wanted` has a bit for, of those that the case has.
+// grads gets room for the gradients of the inputs that `wanted` has a bit for, of those that the case has.
 template <class T>
-Inputs<T> run_backward(const Kernels& kernels, const Case& c, const Inputs<T>& in, const Forward<T>& f,
-                       const Outputs<T>& d_out, int threads, unsigned wanted = ~0u) {
-  Inputs<T> grads;
+RnnBackward<T> backward_block(const Case& c, const Inputs<T>& in, const Forward<T>& f, const Outputs<T>& d_out,
+                              Inputs<T>& grads, int threads, unsigned wanted = ~0u) {
   for (int i = 0; i < kInputs; ++i)
     if (wanted >> i & 1) grads[i] = Guarded<T>(c.input_sizes()[i]);
   RnnBackward<T> p;
@@ -292,7 +297,14 @@ Inputs<T> run_backward(const Kernels& kernels, const Case& c, const Inputs<T>& i
     Guarded<T>* g = &grads[kWeights + 5 * d];
     p.grads[d] = {g[0].data(), g[1].data(), g[2].data(), g[3].data(), g[4].data()};
   }
-  kernels.typed<T>().rnn_backward[c.cell](p);
+  return p;
+}
+template <class T>
+Inputs<T> run_backward(const Kernels& kernels, const Case& c, const Inputs<T>& in, const Forward<T>& f,
+                       const Outputs<T>& d_out, int threads, unsigned wanted = ~0u) {
+  Inputs<T> grads;
+  const RnnBackward<T> p = backward_block(c, in, f, d_out, grads, threads, wanted);
+  kernels.typed<T>().rnn_backward[c.cell](&p, 1);
   return grads;
 }
 

@@ -31,13 +31,18 @@ class CpuDevice {
   // Refuses a call that is recorded to be run again if a number of it would then be the same that should be another.
   void check_runs_once(const char* name) const { (void)name; }
 
+  // Of so many layers of a stack, of which this is the first, how many the next two are best given at a time.
   template <class T>
-  void rnn_forward(CellKind cell, const RnnForward<T>& p) const {
-    cpu::kernels().typed<T>().rnn_forward[static_cast<int>(cell)](p);
+  int rnn_layers_at_once(CellKind cell, const RnnLayer<T>& p, int64_t layers, bool backward) const {
+    return cpu::kernels().typed<T>().rnn_layers_at_once[static_cast<int>(cell)](p, static_cast<int>(layers), backward);
   }
   template <class T>
-  void rnn_backward(CellKind cell, const RnnBackward<T>& p) const {
-    cpu::kernels().typed<T>().rnn_backward[static_cast<int>(cell)](p);
+  void rnn_forward(CellKind cell, at::ArrayRef<RnnForward<T>> layers) const {
+    cpu::kernels().typed<T>().rnn_forward[static_cast<int>(cell)](layers.data(), static_cast<int>(layers.size()));
+  }
+  template <class T>
+  void rnn_backward(CellKind cell, at::ArrayRef<RnnBackward<T>> layers) const {
+    cpu::kernels().typed<T>().rnn_backward[static_cast<int>(cell)](layers.data(), static_cast<int>(layers.size()));
   }
   template <class T>
   void attention_forward(const AttentionForward<T, Computed<T>>& p) const {

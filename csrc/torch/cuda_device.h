@@ -45,15 +45,22 @@ class CudaDevice {
                 ", which is read on the CPU: it would have the same ", "numbers in every replay");
   }
 
+  // Layers are given to the next two one at a time.
   template <class T>
-  void rnn_forward(CellKind cell, const RnnForward<T>& p) const {
+  int rnn_layers_at_once(CellKind, const RnnLayer<T>&, int64_t, bool) const {
+    return 1;
+  }
+  template <class T>
+  void rnn_forward(CellKind cell, at::ArrayRef<RnnForward<T>> layers) const {
+    const RnnForward<T>& p = layers.front();
     run_with_products<T>(cuda::rnn_forward_workspace(cell, p), [&](cuda::Call& call) {
       tell_schedule(p.schedule, call);
       return cuda::rnn_forward(cell, p, call);
     });
   }
   template <class T>
-  void rnn_backward(CellKind cell, const RnnBackward<T>& p) const {
+  void rnn_backward(CellKind cell, at::ArrayRef<RnnBackward<T>> layers) const {
+    const RnnBackward<T>& p = layers.front();
     run_with_products<T>(cuda::rnn_backward_workspace(cell, p), [&](cuda::Call& call) {
       tell_schedule(p.schedule, call);
       return cuda::rnn_backward(cell, p, call);

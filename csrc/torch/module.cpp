@@ -120,5 +120,6 @@ PYBIND11_MODULE(_C, m) {
         "Bytes/s that the threads read together, each `repeats` times over `bytes` of its own.");
   m.def("meeting_seconds", &meeting_seconds, py::arg("times"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(),
-        "Seconds in which the threads meet once, of `times`, each having written a line that the others then read.");
+        "Seconds in which the threads meet once, of `times`, each having written a line that the others then read; "
+        "NaN where not all of them came.");
 }

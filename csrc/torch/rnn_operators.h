@@ -58,6 +58,32 @@ void fill_layer(RnnLayer<T>& p, const RnnStack& stack, const Inputs& in, int64_t
   }
 }
 
+// Parameter blocks of layers that are given to a kernel together, and what they point to.
+template <class Block>
+class LayersAtOnce {
+ public:
+  // The tensor is held until clear().
+  Block& add(const at::Tensor& read) {
+    held_.push_back(read);
+    blocks_.emplace_back();
+    return blocks_.back();
+  }
+  void expect(int64_t layers) { expected_ = layers; }
+  int64_t size() const { return static_cast<int64_t>(blocks_.size()); }
+  bool complete() const { return size() == expected_; }
+  at::ArrayRef<Block> layers() const { return blocks_; }
+  void clear() {
+    blocks_.clear();
+    held_.clear();
+    expected_ = 1;
+  }
+
+ private:
+  c10::SmallVector<Block, 1> blocks_;
+  c10::SmallVector<at::Tensor, 1> held_;
+  int64_t expected_ = 1;
+};
+
 template <class T, class Device>
 RnnOutputs forward(const Device& device, const RnnArguments& a, const RnnStack& stack, bool save,
                    const Prepacked* prepacked) {
@@ -74,9 +100,11 @@ RnnOutputs forward(const Device& device, const RnnArguments& a, const RnnStack& 
 
   const at::DimVector sizes = stack.output_sizes(a.x);
   at::Tensor layer_input = in.x, layer_output;
+  LayersAtOnce<RnnForward<T>> group;
   for (int64_t layer = 0; layer < L; ++layer) {
-    RnnForward<T> p;
+    RnnForward<T>& p = group.add(layer_input);
     fill_layer(p, stack, in, layer, layer_input);
+    if (group.size() == 1 && in.masks.empty()) group.expect(device.rnn_layers_at_once(stack.cell, p, L - layer, false));
     const bool masked = layer < static_cast<int64_t>(in.masks.size());
     if (save) {
       const RnnStack::LayerReserve at = stack.layer_reserve(layer);
@@ -99,7 +127,10 @@ RnnOutputs forward(const Device& device, const RnnArguments& a, const RnnStack& 
     p.output = mutable_pointer<T>(layer_output);
     if (!stack.single_step) p.h_n = layer_state(mutable_pointer<T>(h_n), stack, layer, stack.out_size);
     if (stack.facts.cell_state) p.c_n = layer_state(mutable_pointer<T>(c_n), stack, layer, stack.hidden_size);
-    device.rnn_forward(stack.cell, p);
+    if (group.complete()) {
+      device.rnn_forward(stack.cell, group.layers());
+      group.clear();
+    }
     layer_input = masked ? layer_output * in.masks[layer] : layer_output;
   }
   at::Tensor output = stack.from_rows(layer_output, sizes);
@@ -140,6 +171,7 @@ std::vector<at::Tensor> backward(const Device& device, const RnnArguments& a, co
   const at::Tensor d_c = d_c_n && stack.facts.cell_state ? stack.to_order(*d_c_n) : at::Tensor();
   const at::Tensor last_output = stack.to_rows(output);
   at::Tensor d_layer_output = d_output ? stack.to_rows(*d_output) : at::Tensor(), dx;
+  LayersAtOnce<RnnBackward<T>> group;
   for (int64_t layer = L - 1; layer >= lowest; --layer) {
     const RnnStack::LayerReserve at = stack.layer_reserve(layer);
     const T* base = pointer<T>(reserve);
@@ -149,8 +181,10 @@ std::vector<at::Tensor> backward(const Device& device, const RnnArguments& a, co
                         .view({N, D * stack.out_size});
       if (!in.masks.empty()) layer_input = layer_input * in.masks[layer - 1];
     }
-    RnnBackward<T> p;
+    RnnBackward<T>& p = group.add(d_layer_output);
     fill_layer(p, stack, in, layer, layer_input);
+    if (group.size() == 1 && in.masks.empty())
+      group.expect(device.rnn_layers_at_once(stack.cell, p, layer - lowest + 1, true));
     p.output = layer == L - 1 ? pointer<T>(last_output) : base + at.output;
     for (int64_t d = 0; d < D; ++d) {
       p.kept[d] = base + at.kept[d];
@@ -178,7 +212,10 @@ std::vector<at::Tensor> backward(const Device& device, const RnnArguments& a, co
       }
       if (stack.projected) g.w_hr = grad();
     }
-    device.rnn_backward(stack.cell, p);
+    if (group.complete()) {
+      device.rnn_backward(stack.cell, group.layers());
+      group.clear();
+    }
     if (layer > lowest) d_layer_output = in.masks.empty() ? dx : dx * in.masks[layer - 1];
   }
 

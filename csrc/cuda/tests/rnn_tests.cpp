@@ -35,7 +35,8 @@ struct Tables {
 };
 
 template <CellKind kCell, class T>
-void forward(const RnnForward<T>& p) {
+void forward(const RnnForward<T>* layers, int) {
+  const RnnForward<T>& p = *layers;
   ++launches;
   must(with_workspace(cuda::rnn_forward_workspace(kCell, p),
                       [&](void* workspace) {
@@ -47,7 +48,8 @@ void forward(const RnnForward<T>& p) {
        "rnn_forward");
 }
 template <CellKind kCell, class T>
-void backward(const RnnBackward<T>& p) {
+void backward(const RnnBackward<T>* layers, int) {
+  const RnnBackward<T>& p = *layers;
   ++launches;
   must(with_workspace(cuda::rnn_backward_workspace(kCell, p),
                       [&](void* workspace) {
