@@ -5,7 +5,7 @@
 
 constexpr int kLayersAtOnce = 8;
 constexpr int64_t kWaveRows = 12;         // of some steps: how far a layer is behind
-constexpr int64_t kWavePieces = 8;        // at least, of all steps: until the last layer begins, threads are idle
+constexpr int64_t kWavePieces = 16;       // at least, of all steps: until the last layer begins, threads are idle
 constexpr int64_t kWorkToWave = 1 << 18;  // multiplications of a layer
 
 // Of so many layers of a stack, of which this is the first to be computed, how many go at a time: where neither rows
