@@ -3,7 +3,9 @@
 
 // Weights of so many bytes come from so far away every step that they are asked for ahead of their use.
 constexpr int64_t kBytesFar = 6 << 20;
-constexpr int64_t kAmxBytesFar = 1 << 20;  // tiles are done sooner
+// Tiles are done sooner. But of rows that are a single tile's each panel is read once, and reading is all that takes
+// time: asking comes on top.
+constexpr int64_t kAmxBytesFar = 1 << 20;
 // Of fewer rows a part of a panel takes nearly as long as all of it: its lines come along.
 constexpr int64_t kRowsToSplitPanels = 4;
 
@@ -176,7 +178,8 @@ class StepWeights {
     const AmxRows left(a, lda, rows, pieces, pieces_n);
     alignas(64) float sums[kRowBlock * Shape::width];
     const int64_t panels = (mine.end - mine.begin + Shape::unit_vectors - 1) / Shape::unit_vectors;
-    const bool far = panels * Shape::panel_numbers(k_) * static_cast<int64_t>(sizeof(T)) >= kAmxBytesFar;
+    const int64_t bytes = panels * Shape::panel_numbers(k_) * static_cast<int64_t>(sizeof(T));
+    const bool far = rows > kAmxRows && bytes >= kAmxBytesFar;
     for_each_part(mine, backwards, [&](int64_t j, int64_t skipped, int64_t first, int64_t count, int64_t next) {
       left.multiply(
           panel_of(j).data + skipped * kAmxTerms, count, far && next >= 0 ? panel_of(next).data : nullptr, sums);
