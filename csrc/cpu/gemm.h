@@ -272,7 +272,7 @@ void gemm(int threads, int64_t m, int64_t n, int64_t k, const Matrix<T>& a, cons
     return;
   }
   if constexpr (Terms<T>::count == 1) {  // rows of pairs lie nowhere
-    if (m <= kRowsInPlace && a.column == 1 && b.column == 1)
+    if (m <= kRowsInPlace && a.column == 1 && b.column == 1 && !packed_b)
       return gemm_few_rows(threads, m, n, k, a, b, accumulate, c, ldc);
     if (n <= kRowsInPlace && a.row == 1 && a.column > 1)
       return gemm_few_columns(threads, m, n, k, a, b, accumulate, c, ldc);

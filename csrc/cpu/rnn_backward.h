@@ -419,7 +419,8 @@ class BackwardDirection {
 template <class Cell, class T>
 int64_t backward_chunk(const RnnBackward<T>& p) {
   const int64_t row_bytes = Cell::grads * p.hidden_size * sizeof(T);
-  return steps_per_chunk(p.schedule.batch, row_bytes, kBackwardChunkBytes, kBackwardChunkRows);
+  const int64_t part = p.schedule.batch < kRowsToShareUnits ? 2 : 1;  // layers of a wave have one each
+  return steps_per_chunk(p.schedule.batch, row_bytes, kBackwardChunkBytes / part, kBackwardChunkRows / part);
 }
 
 template <class Cell, class T>
