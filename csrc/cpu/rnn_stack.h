@@ -56,7 +56,8 @@ void run_wave(int threads, int layers, int64_t steps, int64_t piece, const Run& 
         wave.done(i, end);
       }
   };
-  parallel(threads < layers ? threads : layers, member, layers % threads != 0);
+  const int team = threads < layers ? threads : layers;
+  parallel(team, member, layers % team != 0);
 }
 
 template <class Cell, class T>
