@@ -1,7 +1,8 @@
 // The blocks that a large product is made of: B in packed panels, rows of A in tiles.
 #pragma once
 
-constexpr int64_t kGemmK = 1024;   // depth of a block: a panel of it stays in cache while rows go by
+// Depth of a block: a panel of it, and the rows that it goes by, stay in cache, which is smaller where vectors are.
+constexpr int64_t kGemmK = FASTSEQ_VECTOR_BYTES == 32 ? 512 : 1024;
 constexpr int64_t kGemmRows = 96;  // rows of A that a thread takes against all panels; a multiple of every tile
 // Panels of so many bytes in a block are asked for ahead of their use: a core's own cache does not hold them.
 constexpr int64_t kGemmBytesFar = 1 << 20;

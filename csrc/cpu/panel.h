@@ -7,19 +7,25 @@
 // company.
 #pragma once
 
-constexpr int64_t kChain = 128;
 constexpr int64_t kRowBlock = 64;  // rows that share one pass over a panel; bounds the scratch
 
-// Register tiles: rows MR by NV vectors, MR*NV accumulators plus the operands within the register file.
+// Register tiles: rows MR by NV vectors, MR*NV accumulators plus the operands within the register file. Where that is
+// small, a step has few multiplications for what else it does: several steps at a time, longer chains.
 #if defined(FASTSEQ_AMX_EMULATED)  // soon compiled
 constexpr int tile_rows(int) { return 1; }
 constexpr int kWideVectors = 4;
+constexpr int64_t kChain = 128;
+constexpr int kStepsAtOnce = 1;
 #elif FASTSEQ_VECTOR_BYTES == 64 || defined(__aarch64__)  // 32 registers
 constexpr int tile_rows(int nv) { return nv == 3 ? 8 : 6; }
 constexpr int kWideVectors = 4;  // vectors of units in a panel that has no gates to fill it
+constexpr int64_t kChain = 128;
+constexpr int kStepsAtOnce = 1;
 #else                                                     // 16 registers
 constexpr int tile_rows(int nv) { return nv == 2 ? 6 : nv == 3 ? 4 : 3; }
 constexpr int kWideVectors = 2;
+constexpr int64_t kChain = 256;
+constexpr int kStepsAtOnce = 4;
 #endif
 
 // Gates that a cell computes side by side, of one vector or more (vectors.h).
@@ -196,6 +202,7 @@ FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_
     }
   };
   const int64_t steps = (k_size + Step::count - 1) / Step::count;
+#pragma GCC unroll kStepsAtOnce
   for (int64_t s = 0; s < steps; ++s) {
     if constexpr (fetches) __builtin_prefetch(ahead + s * kLineNumbers<T>, 0, 2);
     add(Part<0>{}, s);

@@ -2,7 +2,7 @@
 #pragma once
 
 // Weights of so many bytes come from so far away every step that they are asked for ahead of their use.
-constexpr int64_t kBytesFar = 6 << 20;
+constexpr int64_t kBytesFar = int64_t(FASTSEQ_VECTOR_BYTES == 32 ? 1 : 6) << 20;  // beside smaller caches less
 // Tiles are done sooner. But of rows that are a single tile's each panel is read once, and reading is all that takes
 // time: asking comes on top.
 constexpr int64_t kAmxBytesFar = 1 << 20;
