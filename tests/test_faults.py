@@ -202,7 +202,9 @@ VARIANTS = {
         (PARALLEL, "kSpins = 2000", "kSpins = 1"),
         (PARALLEL, "pause = 8 * nanoseconds", "pause = 0 * nanoseconds"),
     ),
-    "weights always come from far away": (("csrc/cpu/step_weights.h", "kBytesFar = 6 << 20", "kBytesFar = 0"),),
+    "weights always come from far away": (
+        ("csrc/cpu/step_weights.h", "kBytesFar = FASTSEQ_VECTOR_BYTES == 32 ? 1 << 20 : 6 << 20", "kBytesFar = 0"),
+    ),
     "tiles of a product are all taken from the back": (
         (PARALLEL, "own = all[share.member].take_first(most, least);", "own{0, 0};"),
     ),

@@ -1,8 +1,9 @@
 // The weights of the product inside a step: packed into panels, or where the caller has them.
 #pragma once
 
-// Weights of so many bytes come from so far away every step that they are asked for ahead of their use.
-constexpr int64_t kBytesFar = int64_t(FASTSEQ_VECTOR_BYTES == 32 ? 1 : 6) << 20;  // beside smaller caches less
+// Weights of so many bytes come from so far away every step that they are asked for ahead of their use: fewer where
+// caches are smaller, as they are where vectors are.
+constexpr int64_t kBytesFar = FASTSEQ_VECTOR_BYTES == 32 ? 1 << 20 : 6 << 20;
 // Tiles are done sooner. But of rows that are a single tile's each panel is read once, and reading is all that takes
 // time: asking comes on top.
 constexpr int64_t kAmxBytesFar = 1 << 20;

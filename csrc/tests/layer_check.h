@@ -6,7 +6,7 @@
 
 namespace fastseq::test {
 
-// Around the widths of vectors (2 to 16 numbers), of panels (up to 64), of chains (128) and of the row blocks (64), the
+// Around the widths of vectors (2 to 16 numbers), of panels (up to 64), of chains (128 and 256) and of the row blocks (64), the
 // number of steps from which weights are packed (8), and the work from which threads share rows or units. The first
 // kQuickShapes of them touch every branch of the drivers at least once.
 constexpr int kQuickShapes = 11;
@@ -21,7 +21,7 @@ const Shape kShapes[] = {
     {8, 70, 2, 3, 0, 1, true, true, false},
     {20, 3, 3, 1, 1, 2, true, false, true},
     {8, 1, 3, 100, 0, 1, false, true, true},   // panels side by side, the last one not full
-    {9, 5, 7, 129, 0, 1, false, true, false},  // units shared by the threads, parts of a panel too
+    {9, 5, 7, 257, 0, 1, false, true, false},  // units shared by the threads, parts of a panel too
     {3, 1, 1, 33, 5, 2, false, true, true},    // products of one row
     {1, 1, 1, 1, 0, 1, false, false, false},
     {2, 1, 5, 364, 150, 1, false, true, true},  // products of one row that threads share
@@ -34,7 +34,7 @@ const Shape kShapes[] = {
     {7, 70, 3, 64, 0, 1, true, true, false},
     {8, 1, 17, 64, 0, 2, false, true, true},
     {8, 7, 1, 1, 0, 1, true, true, true},
-    {8, 70, 129, 33, 64, 2, true, true, true},
+    {8, 70, 257, 33, 64, 2, true, true, true},
     {20, 1, 15, 7, 3, 2, false, true, false},
     {20, 7, 64, 15, 0, 2, true, true, true},
     {12, 70, 5, 64, 15, 1, false, true, true},
