@@ -202,11 +202,17 @@ FASTSEQ_INLINE void tile(const typename Terms<T>::Left* a, int64_t a_row, int64_
     }
   };
   const int64_t steps = (k_size + Step::count - 1) / Step::count;
+  if constexpr (Step::parts == 1) {
 #pragma GCC unroll kStepsAtOnce
-  for (int64_t s = 0; s < steps; ++s) {
-    if constexpr (fetches) __builtin_prefetch(ahead + s * kLineNumbers<T>, 0, 2);
-    add(Part<0>{}, s);
-    if constexpr (Step::parts == 2) add(Part<1>{}, s);
+    for (int64_t s = 0; s < steps; ++s) {
+      if constexpr (fetches) __builtin_prefetch(ahead + s * kLineNumbers<T>, 0, 2);
+      add(Part<0>{}, s);
+    }
+  } else {  // several of two parts would take more registers
+    for (int64_t s = 0; s < steps; ++s) {
+      if constexpr (fetches) __builtin_prefetch(ahead + s * kLineNumbers<T>, 0, 2);
+      add(Part<0>{}, s), add(Part<1>{}, s);
+    }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) {

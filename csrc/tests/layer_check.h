@@ -6,9 +6,9 @@
 
 namespace fastseq::test {
 
-// Around the widths of vectors (2 to 16 numbers), of panels (up to 64), of chains (128 and 256) and of the row blocks (64), the
-// number of steps from which weights are packed (8), and the work from which threads share rows or units. The first
-// kQuickShapes of them touch every branch of the drivers at least once.
+// Around the widths of vectors (2 to 16 numbers), of panels (up to 64), of chains (128 and 256) and of the row blocks
+// (64), the number of steps from which weights are packed (8), and the work from which threads share rows or units. The
+// first kQuickShapes of them touch every branch of the drivers at least once.
 constexpr int kQuickShapes = 11;
 const Shape kShapes[] = {
     // T, B, I, H, P, directions, ragged, bias, states
