@@ -618,6 +618,17 @@ def test_noise_is_counted_over_the_whole_document():
     assert row.peers["torch.nn"].kept == 4 and row.ratio("torch.nn") == pytest.approx(3.0, rel=0.01)
 
 
+@pytest.mark.parametrize(("probed", "expected"), [(1e11, 200), (3e11, 300)])
+def test_probes_know_a_machine_that_was_short_of_a_processor_at_the_start(probed, expected):
+    doc = lossy_document()
+    doc["machine"] = MACHINE
+    for row in doc["rows"].values():
+        for contender in row["contenders"].values():
+            contender["samples"] = [(seconds, probed) for seconds, _ in contender.get("samples", ())]
+    assert results.register_rate(doc) == expected * 1e9
+    assert f"{expected} GFLOP/s" in report.machine_table(doc).lines[2][1]
+
+
 def test_a_document_of_another_build_or_machine_is_not_continued():
     host = {"processor": "made up", "torch": "2"}
     doc = document()

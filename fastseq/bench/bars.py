@@ -244,12 +244,12 @@ def _of_register_peak(fits: Callable[[AttentionPoint], bool]) -> Callable[[Docum
     """Operations over what multiply-adds in registers would do in the time."""
 
     def values(document: Document) -> Iterable[Value]:
-        machine = document["machine"]
+        peak = results.register_rate(document)
         for row in _attention(document, fits):
             assert row.ours
-            if machine:
+            if peak:
                 operations = sum(product.operations for product in roofline.products(row.point))
-                yield _of(row, operations / row.ours.median / machine["fma"][str(machine["threads"])])
+                yield _of(row, operations / row.ours.median / peak)
 
     return values
 

@@ -11,7 +11,7 @@ from fastseq.bench import bars, results, scenarios
 from fastseq.bench.compare import Change
 from fastseq.bench.harness import LEAST_PROBE
 from fastseq.bench.peers import OURS, PEERS
-from fastseq.bench.results import Document, Row
+from fastseq.bench.results import Document, Row, register_rate
 
 LOST = "◀ lost"
 
@@ -142,7 +142,7 @@ def machine_table(document: Document) -> Table:
     if machine is None:
         return Table("The machine", [], [])
     lines = [["processor", document["host"].get("processor", "")]]
-    for threads, rate in machine["fma"].items():
+    for threads, rate in (machine["fma"] | {str(machine["threads"]): register_rate(document)}).items():
         lines.append([f"multiply-adds in registers, threads: {threads}", f"{rate / 1e9:.0f} GFLOP/s"])
     for dtype, gemm in machine["gemm"].items():
         lines.append([f"matrix product, {dtype}", f"{gemm['rate'] / 1e9:.0f} GFLOP/s ({gemm['by']})"])

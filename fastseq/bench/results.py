@@ -126,6 +126,14 @@ def all_samples(document: Document) -> list[Sequence[float]]:
     ]
 
 
+def register_rate(document: Document) -> float:
+    """FLOP/s of multiply-adds in registers on all threads: as read at the start, or as the probes around the samples
+    saw it, where the machine was short of a processor at the start."""
+    machine = document["machine"]
+    read = machine["fma"][str(machine["threads"])] if machine else 0.0
+    return max(read, Noise.of(all_samples(document)).best)
+
+
 def rows(document: Document) -> Iterator[Row]:
     """In the order in which they were measured."""
     noise = Noise.of(all_samples(document))
