@@ -65,13 +65,15 @@ class ScoreGradients {
   }
 
   // Queries [i0, i0 + rows) against those keys. delta: of these rows.
-  void compute(int64_t n, int64_t i0, int64_t rows, const A* delta) {
+  template <class Ahead = NothingAhead>
+  void compute(int64_t n, int64_t i0, int64_t rows, const A* delta, Ahead&& ahead = {}) {
     i0_ = i0, rows_ = rows;
     const auto product = [&](const Heads<const T>& from, int64_t size, const F* panels, F* packed, A* to) {
       const T* const at = from.at(n, i0);
       const FactorRows<T> left(at, from.row, rows, size, memory_.get());
-      score_product(left.data, left.row, rows, size, panels, keys_, to, ld_,
-                    [&](int64_t m0, int64_t) { return keys_of_tile(m0); });
+      score_product(
+          left.data, left.row, rows, size, panels, keys_, to, ld_,
+          [&](int64_t m0, int64_t) { return keys_of_tile(m0); }, ahead);
 #if FASTSEQ_AMX
       if constexpr (kInAmx<F>) return amx_gather_columns(at, from.row, size, rows, kAmxRows, packed);
 #endif
@@ -218,11 +220,16 @@ void attention_delta(const AttentionBackward<T, Compute<T>>& p, int64_t n, Compu
 }
 
 // Into how many parts, each with a dQ of its own, the keys of a head are cut: few heads leave threads without work.
+// Where they are fewer than the most parts, parts may be smaller than a block of keys, which costs a thread a
+// twentieth and gives a second one something to do.
+constexpr int64_t kPartKeys = kDropoutKeys;
+static_assert(kPartKeys % kAmxTerms == 0, "parts begin where dropout's groups and whole tiles do");
 inline int64_t gradient_parts(int64_t groups, int64_t keys) {
   constexpr int64_t kGroupsEnough = 16, kMostParts = 4;
-  const int64_t wanted = (kGroupsEnough + groups - 1) / groups, there = keys / (2 * kGradientKeys);
-  const int64_t parts = wanted < kMostParts ? wanted : kMostParts;
-  return parts < there ? parts : there < 1 ? 1 : there;
+  const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  const int64_t large = least(least((kGroupsEnough + groups - 1) / groups, kMostParts), keys / (2 * kGradientKeys));
+  const int64_t small = least((kMostParts + groups - 1) / groups, keys / kPartKeys);
+  return large > small ? large : small > 1 ? small : 1;
 }
 
 template <class T>
@@ -237,6 +244,15 @@ class AttentionBackwardWorker {
     columns_ = whole_vectors<T>(p.size), value_columns_ = whole_vectors<T>(p.value_size);
     delta_.allocate(p.heads / p.kv_heads * p.queries);
     dk_.allocate(kGradientKeys * columns_), dv_.allocate(kGradientKeys * value_columns_);
+  }
+
+  // Of a batch entry, the keys and values that are next.
+  void ask_for(const AttentionBackward<T, A>& p, int64_t kv_head) {
+    const int64_t first = kv_head * (p.heads / p.kv_heads);
+    ahead_ = {p, kv_head, 2 * p.keys + p.size};
+    ahead_.add(p.out, first, p.queries, p.value_size);
+    ahead_.add(p.d_out, first, p.queries, p.value_size);
+    ahead_.add(p.q, first, p.queries, p.size);
   }
 
   // Keys [j0, j1) of a batch entry. dq, of its heads, is added to.
@@ -263,7 +279,7 @@ class AttentionBackwardWorker {
     const VisibleKeys visible{p_->band, p_->keys};
     const Range seen = visible.in_block(i, i + rows, j, keys);
     if (seen.begin >= seen.end) return;
-    scores_.compute(n, i, rows, delta);
+    scores_.compute(n, i, rows, delta, ahead_);
     const auto of_rows = [&](int64_t m0, int64_t m1) { return scores_.keys_of(m0, m1); };
 #if FASTSEQ_AMX
     if constexpr (kInAmx<F>) {
@@ -284,8 +300,8 @@ class AttentionBackwardWorker {
         p.data, p.row, p.step, keys, rows, scores_.d_out(), 0, value_columns_, dv_.get(), value_columns_, queries);
     accumulate_product(
         ds.data, ds.row, ds.step, keys, rows, scores_.queries(), 0, columns_, dk_.get(), columns_, queries);
-    accumulate_product(
-        rows_of_ds.data, rows_of_ds.row, rows_of_ds.step, rows, keys, scores_.keys(), 0, columns_, dq, dq_row, of_rows);
+    accumulate_product(rows_of_ds.data, rows_of_ds.row, rows_of_ds.step, rows, keys, scores_.keys(), 0, columns_, dq,
+                       dq_row, of_rows, ahead_);
   }
 
   static void store(const A* from, int64_t row, const Heads<T>& to, int64_t head, int64_t first, int64_t rows,
@@ -308,6 +324,7 @@ class AttentionBackwardWorker {
 
   const AttentionBackward<T, A>* p_ = nullptr;
   ScoreGradients<T> scores_;
+  HeadAhead<T, 5> ahead_;
   int64_t columns_ = 0, value_columns_ = 0;
   Workspace<A> delta_, dk_, dv_;
 };
@@ -331,13 +348,14 @@ void attention_backward(const AttentionBackward<T, Compute<T>>& p) {
     const int64_t first = p.ragged_queries.starts ? p.ragged_queries.starts[b] : b * p.queries;
     return Heads<A>{sums + first * p.heads * columns, 0, mine.queries * columns, columns};
   };
+  const bool asks = parts == 1 && HeadAhead<T, 5>::helps(p);
   parallel_tasks(p.threads, groups * parts, [&] {
-    return [worker = AttentionBackwardWorker<T>(p), &p, &sums_of, in_place, parts, group, columns,
+    return [worker = AttentionBackwardWorker<T>(p), &p, &sums_of, in_place, parts, asks, group, columns,
             rows](int64_t task) mutable {
       const int64_t b = task / parts / p.kv_heads, kv_head = task / parts % p.kv_heads;
       const auto mine = entry(p, b);
-      const Range blocks = part((mine.keys + kGradientKeys - 1) / kGradientKeys, task % parts, parts);
-      const int64_t end = blocks.end * kGradientKeys < mine.keys ? blocks.end * kGradientKeys : mine.keys;
+      const Range blocks = part((mine.keys + kPartKeys - 1) / kPartKeys, task % parts, parts);
+      const int64_t end = blocks.end * kPartKeys < mine.keys ? blocks.end * kPartKeys : mine.keys;
       Heads<A> dq = sums_of(mine, b);
       move(dq.data, task % parts * rows * columns);
       if constexpr (sizeof(T) == sizeof(A)) {
@@ -347,7 +365,9 @@ void attention_backward(const AttentionBackward<T, Compute<T>>& p) {
             for (int64_t i = 0; i < mine.queries; ++i) memset(dq.at(n, i), 0, p.size * sizeof(A));
         }
       }
-      worker.run(mine, kv_head, blocks.begin * kGradientKeys, end, dq);
+      const int64_t next = task + 1;
+      if (asks && next < p.batch * p.kv_heads) worker.ask_for(entry(p, next / p.kv_heads), next % p.kv_heads);
+      worker.run(mine, kv_head, blocks.begin * kPartKeys, end, dq);
     };
   });
   if (in_place) return;

@@ -51,10 +51,47 @@ FASTSEQ_INLINE void score_tile(int64_t rows, const F* a, int64_t a_row, int64_t 
   }
 }
 
+// What the next head reads, of which products ask for a few lines at every tile: a small head is done before the
+// processor sees what comes next. Of large ones products take so long that this does not matter, and of few the caches
+// have more.
+template <class T, int Parts>
+class HeadAhead {
+ public:
+  HeadAhead() = default;
+  // columns: of all that is computed for a query. Keys and values are two of the parts, others are added.
+  HeadAhead(const Attention<T, Compute<T>>& p, int64_t kv_head, int64_t columns) {
+    calls_ = p.heads / p.kv_heads * (p.queries / kTileRows + 1) * (columns / PanelShape<Factor<T>, 1>::width + 1);
+    add(p.k, kv_head, p.keys, p.size);
+    add(p.v, kv_head, p.keys, p.value_size);
+  }
+  void add(const Heads<const T>& of, int64_t head, int64_t rows, int64_t size) {
+    parts_[count_++] = {of.at(head, 0), of.row, rows, size, calls_};
+  }
+  FASTSEQ_INLINE void ask() {
+#pragma GCC unroll 5
+    for (int i = 0; i < Parts; ++i) parts_[i].ask();
+  }
+
+  static bool helps(const Attention<T, Compute<T>>& p) {
+    const int64_t group = p.heads / p.kv_heads,
+                  bytes = (group * p.queries * p.size + p.keys * (p.size + p.value_size)) * sizeof(T);
+    return bytes <= kBytesOfSmallHead && bytes * p.batch * p.kv_heads >= kBytesOfMany;
+  }
+
+ private:
+  static constexpr int64_t kBytesOfSmallHead = 256 << 10, kBytesOfMany = 4 << 20;
+  RowsAhead<T> parts_[Parts];
+  int count_ = 0;
+  int64_t calls_ = 0;
+};
+struct NothingAhead {
+  void ask() {}
+};
+
 // c (rows, keys) = a panels, the panels of at least columns_of(rows) alone.
-template <class F, class ColumnsOf>
+template <class F, class ColumnsOf, class Ahead = NothingAhead>
 void score_product(const F* a, int64_t a_row, int64_t rows, int64_t size, const F* panels, int64_t keys, Compute<F>* c,
-                   int64_t ldc, const ColumnsOf& columns_of) {
+                   int64_t ldc, const ColumnsOf& columns_of, Ahead&& ahead = {}) {
   using Shape = PanelShape<F, 1>;
 #if FASTSEQ_AMX
   if constexpr (kInAmx<F>) return amx_score_product(a, rows, size, panels, c, ldc, columns_of);
@@ -64,6 +101,7 @@ void score_product(const F* a, int64_t a_row, int64_t rows, int64_t size, const 
       const int64_t here = rows - m < kTileRows ? rows - m : kTileRows;
       const Range needed = columns_of(m, m + here);
       if (needed.begin >= needed.end || needed.end <= j || needed.begin >= j + Shape::width) continue;
+      ahead.ask();
       for_vectors_of<Shape::vectors, Vec<Compute<F>>>(needed.end - j, [&](auto part) __attribute__((always_inline)) {
         score_tile<decltype(part)::value, kTileRows, F>(
             here, a + m * a_row, a_row, Terms<F>::count, panels, Shape::step, {0, size}, c + m * ldc + j, ldc, false);
@@ -113,9 +151,10 @@ bool rows_lie_packed(const Heads<const T>& rows, int64_t size) {
 
 // c (rows, columns) += a b, b packed rows, or b_row > 0 numbers apart where they lie, for each tile of rows of c its
 // own terms of all.
-template <class F, class TermsOf>
+template <class F, class TermsOf, class Ahead = NothingAhead>
 void accumulate_product(const F* a, int64_t a_row, int64_t a_step, int64_t rows, int64_t terms, const F* b,
-                        int64_t b_row, int64_t columns, Compute<F>* c, int64_t ldc, const TermsOf& terms_of) {
+                        int64_t b_row, int64_t columns, Compute<F>* c, int64_t ldc, const TermsOf& terms_of,
+                        Ahead&& ahead = {}) {
   constexpr int count = Terms<F>::count;
 #if FASTSEQ_AMX
   if constexpr (kInAmx<F>) return amx_accumulate_product(a, a_row, rows, terms, b, columns, c, ldc, terms_of);
@@ -129,10 +168,10 @@ void accumulate_product(const F* a, int64_t a_row, int64_t a_step, int64_t rows,
         const int64_t here = rows - m < kTileRows ? rows - m : kTileRows;
         Range k = whole_steps<F>(terms_of(m, m + here));
         k = {k.begin > k0 ? k.begin : k0, k.end < k1 ? k.end : k1};
-        if (k.begin < k.end)
-          score_tile<NV, kTileRows, F>(
-              here, a + m * a_row, a_row, a_step, b_row ? b + j : b + terms * j,
-              b_row ? b_row : NV * Vec<Compute<F>>::size * count, k, c + m * ldc + j, ldc, true);
+        if (k.begin >= k.end) continue;
+        ahead.ask();
+        score_tile<NV, kTileRows, F>(here, a + m * a_row, a_row, a_step, b_row ? b + j : b + terms * j,
+                                     b_row ? b_row : NV * Vec<Compute<F>>::size * count, k, c + m * ldc + j, ldc, true);
       }
     });
   }

@@ -44,6 +44,12 @@ class AttentionForwardWorker {
     if (sizeof(T) != sizeof(F)) scratch_.allocate(Shape::panel_numbers(p.size));
   }
 
+  // Of a batch entry, the keys and values that are next.
+  void ask_for(const AttentionForward<T, A>& p, int64_t kv_head) {
+    ahead_ = {p, kv_head, p.keys + p.value_size};
+    ahead_.add(p.q, kv_head * (p.heads / p.kv_heads), p.queries, p.size);
+  }
+
   // Queries [i0, i1) of a batch entry, of all heads that share these keys and values.
   void run(const AttentionForward<T, A>& p, int64_t kv_head, int64_t i0, int64_t i1) {
     p_ = &p, visible_ = {p.band, p.keys};
@@ -78,14 +84,15 @@ class AttentionForwardWorker {
       const int64_t here = keys_of_block(j0);
       const auto seen = [&](int64_t m0, int64_t m1) { return visible_.in_block(i0 + m0, i0 + m1, j0, here); };
       score_product(q.data, q.row, rows, p_->size, panels_.get() + j0 / Shape::width * Shape::panel_numbers(p_->size),
-                    here, scores_.get(), ld_scores_, seen);
+                    here, scores_.get(), ld_scores_, seen, ahead_);
       for (int64_t m = 0; m < rows; m += kRows) softmax(n, i0, m, rows - m < kRows ? rows - m : kRows, j0, seen);
       const F* values = values_.get() + j0 * columns_;
       if constexpr (sizeof(T) == sizeof(F)) {
         if (values_in_place_) values = p_->v.at(n / (p_->heads / p_->kv_heads), j0);
       }
-      accumulate_product(reinterpret_cast<const F*>(scores_.get()), ld_scores_ * sizeof(A) / sizeof(F), Terms<F>::count,
-                         rows, here, values, values_in_place_ ? p_->v.row : 0, columns_, sums_.get(), columns_, seen);
+      accumulate_product(
+          reinterpret_cast<const F*>(scores_.get()), ld_scores_ * sizeof(A) / sizeof(F), Terms<F>::count, rows, here,
+          values, values_in_place_ ? p_->v.row : 0, columns_, sums_.get(), columns_, seen, ahead_);
     }
     for (int64_t r = 0; r < rows; ++r)
       write_row(*p_, n, i0 + r, largest_.get()[r], total_.get()[r], sums_.get() + r * columns_);
@@ -139,6 +146,7 @@ class AttentionForwardWorker {
   VisibleKeys visible_{};
   int64_t columns_ = 0, ld_scores_ = 0;
   bool values_in_place_ = false;
+  HeadAhead<T, 3> ahead_;
   Workspace<F> panels_, queries_, values_;
   Workspace<A> scores_, sums_, largest_, total_, scratch_, multipliers_;
 };
@@ -151,10 +159,13 @@ void attention_of_many_queries(const AttentionForward<T, Compute<T>>& p, int thr
   const int64_t groups = p.batch * p.kv_heads, most = (p.queries + kQueries - 1) / kQueries;
   const int64_t enough = (4 * threads + groups - 1) / groups;
   const int64_t parts = threads == 1 ? 1 : enough < most ? enough : most;
+  const bool asks = parts == 1 && HeadAhead<T, 3>::helps(p);
   parallel_tasks(threads, groups * parts, [&] {
-    return [worker = AttentionForwardWorker<T>(p), &p, &wanted, parts](int64_t task) mutable {
+    return [worker = AttentionForwardWorker<T>(p), &p, &wanted, parts, asks](int64_t task) mutable {
       const int64_t group = task / parts;
       const auto mine = entry(p, group / p.kv_heads);
+      if (asks && group + 1 < p.batch * p.kv_heads)
+        worker.ask_for(entry(p, (group + 1) / p.kv_heads), (group + 1) % p.kv_heads);
       const Range blocks = part((mine.queries + kQueries - 1) / kQueries, task % parts, parts);
       const int64_t end = blocks.end * kQueries;
       if (wanted(mine.queries) && blocks.begin < blocks.end)

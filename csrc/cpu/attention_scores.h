@@ -67,9 +67,13 @@ void mask_row(const AttentionMask<T>& mask, int64_t offset, Range columns, Compu
       }
       fma(bias, V(static_cast<A>(kLog2e)), s).store(scores + j, valid);
     } else {
-      typename V::Bits seen = {};
-      for (int64_t i = 0; i < valid; ++i) seen[i] = mask.visible[at + i * mask.column] ? -1 : 0;
-      const V masked = seen != 0 ? s.v : V(hidden).v;
+      const uint8_t* bytes = mask.visible + at;
+      uint8_t lanes[V::size] = {};
+      if (mask.column != 1 || valid < V::size) {
+        for (int64_t i = 0; i < valid; ++i) lanes[i] = bytes[i * mask.column];
+        bytes = lanes;
+      }
+      const V masked = V::widened_bytes(bytes) != 0 ? s.v : V(hidden).v;
       masked.store(scores + j, valid);
     }
   }

@@ -129,27 +129,31 @@ void pack_a(const Matrix<T>& a, int64_t i0, int64_t rows, int64_t k0, int64_t k_
   }
 }
 
-// The next rows of A, where they lie in columns: their cache lines are asked for a few at a time while the ones before
-// are multiplied, as many as come in meanwhile without keeping the panel's own waiting.
+// Rows that are needed next: their cache lines are asked for a few at a time while the ones before are multiplied, as
+// many as come in meanwhile without keeping the panel's own waiting.
 template <class T>
 struct RowsAhead {
   const T* at = nullptr;
-  int64_t column = 0, numbers = 0, done = 0, left = 0, every = 0;  // left: of k
+  int64_t row = 0, numbers = 0, done = 0, left = 0, every = 0;  // left: rows
 
   RowsAhead() = default;
-  RowsAhead(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, int64_t calls)
-      : column(a.column), numbers(rows.end - rows.begin < kGemmRows ? rows.end - rows.begin : kGemmRows) {
-    if (a.column == 1 || k_size <= 0) return;
-    at = a.data + rows.begin + k0 * a.column;
-    left = k_size;
+  // `rows` of so many numbers, `stride` apart.
+  RowsAhead(const T* data, int64_t stride, int64_t rows, int64_t size, int64_t calls)
+      : at(data), row(stride), numbers(size), left(rows) {
     const int64_t lines = (numbers + kLineNumbers<T> - 1) / kLineNumbers<T>;
-    every = (k_size * lines + calls - 1) / calls;
+    every = (rows * lines + calls - 1) / calls;
+  }
+  // Of A, where they lie in columns.
+  RowsAhead(const Matrix<T>& a, Range rows, int64_t k0, int64_t k_size, int64_t calls) {
+    if (a.column == 1 || k_size <= 0) return;
+    const int64_t size = rows.end - rows.begin;
+    *this = {a.data + rows.begin + k0 * a.column, a.column, k_size, size < kGemmRows ? size : kGemmRows, calls};
   }
   FASTSEQ_INLINE void ask() {
     for (int64_t i = 0; i < every && left > 0; ++i) {
       __builtin_prefetch(at + done, 0, 2);
       done += kLineNumbers<T>;
-      if (done >= numbers) done = 0, at += column, --left;
+      if (done >= numbers) done = 0, at += row, --left;
     }
   }
 };

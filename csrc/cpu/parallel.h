@@ -96,21 +96,6 @@ void parallel_for(int threads, int64_t size, const F& f) {
   });
 }
 
-// Tasks that threads take one after another; uneven ones take any time.
-template <class F>
-void parallel_tasks(int threads, int64_t tasks, const F& make_worker, bool uneven = false) {
-  int64_t next = 0;
-  const auto work = [&](int, int) {
-    auto worker = make_worker();
-    for (;;) {
-      const int64_t task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (task >= tasks) return;
-      worker(task);
-    }
-  };
-  parallel(threads < tasks ? threads : static_cast<int>(tasks), work, uneven);
-}
-
 // One member's part of what a team shares, and how often it has met the others at their barrier.
 struct Share {
   int member, members;
@@ -267,5 +252,29 @@ inline Range take_piece(Backlog* all, Share share, int64_t most, int64_t least) 
     if (fullest < 0) return {0, 0};
     const Range piece = all[fullest].take_last(most, least);
     if (piece.end > piece.begin) return piece;
+  }
+}
+
+// Tasks that threads take one after another, each from its own part of them first, so that neighbours, whose data often
+// lie side by side, mostly are one thread's; uneven ones take any time.
+template <class F>
+void parallel_tasks(int threads, int64_t tasks, const F& make_worker, bool uneven = false) {
+  constexpr int64_t few = 16, most = int64_t(1) << 31;
+  const int team = threads < tasks ? threads : static_cast<int>(tasks);
+  Backlog few_backlogs[few];
+  Workspace<Backlog> memory;
+  Backlog* const backlogs = team > few ? memory.allocate(team) : few_backlogs;
+  for (int64_t first = 0; first < tasks; first += most) {
+    const int64_t here = tasks - first < most ? tasks - first : most;
+    for (int i = 0; i < team; ++i) backlogs[i].deal(part(here, i, team));
+    const auto work = [&](int member, int) {
+      auto worker = make_worker();
+      for (;;) {
+        const Range task = take_piece(backlogs, Share{member, team}, 1, 1);
+        if (task.end <= task.begin) return;
+        worker(first + task.begin);
+      }
+    };
+    parallel(team, work, uneven);
   }
 }

@@ -133,6 +133,25 @@ struct Vec {
 #endif
   }
 
+  // A byte in every lane.
+  FASTSEQ_INLINE static Bits widened_bytes(const uint8_t* p) {
+#if defined(__AVX2__)
+    __m128i bytes = {};
+    __builtin_memcpy(&bytes, p, size);
+#endif
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return (Bits)_mm512_maskz_cvtepu8_epi32(0xffff, bytes);
+    else return (Bits)_mm512_maskz_cvtepu8_epi64(0xff, bytes);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return (Bits)_mm256_cvtepu8_epi32(bytes);
+    else return (Bits)_mm256_cvtepu8_epi64(bytes);
+#else
+    Bits lanes;
+    for (int i = 0; i < size; ++i) lanes[i] = p[i];
+    return lanes;
+#endif
+  }
+
   // Numbers stored as bfloat16; rounded to nearest, ties to even, when stored. T is float.
   FASTSEQ_INLINE static Vec load(const bfloat16* p) {
     typename VecTraits<T>::halves halves;

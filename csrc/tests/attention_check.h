@@ -15,7 +15,7 @@ enum { kSoftcap = 1, kSlopes = 2, kDropout = 4, kLengths = 8, kFromEnd = 16 };
 
 constexpr int64_t kOpen = Band::kOpen;
 // Around the widths of vectors, tiles (6), panels (up to 64), the pieces of a sum (256), blocks of queries (48) and of
-// keys (256, 512), and the keys from which a head is shared (512).
+// keys (256, 512), and the keys from which a head is shared (a lone one 256, in multiples of 128).
 const AttentionShape kAttentionShapes[] = {
     {1, 1, 1, 1, 1, 1, 1, -kOpen, kOpen, 0},
     {2, 2, 1, 7, 5, 3, 9, -kOpen, kOpen, 2},
@@ -31,6 +31,7 @@ const AttentionShape kAttentionShapes[] = {
     {1, 1, 1, 30, 40, 3, 2, 100, kOpen, 0},  // nobody sees anything
     {1, 1, 1, 30, 41, 3, 2, 100, kOpen, 0},  // nor here, where the last of the keys has no neighbour
     {1, 1, 1, 61, 77, 8, 5, -20, -11, 2},    // the first and the last queries see nothing
+    {1, 1, 1, 50, 260, 9, 7, -kOpen, 30, 1, kDropout},
     {2, 2, 1, 19, 140, 5, 9, -kOpen, kOpen, 2, kSoftcap},
     {2, 2, 2, 7, 530, 16, 3, -9, 0, 0, kSlopes | kFromEnd},
     {3, 2, 1, 40, 300, 8, 12, -kOpen, 0, 0, kDropout | kLengths | kFromEnd},
