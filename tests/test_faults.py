@@ -40,8 +40,13 @@ FAULTS = {
     "h_n is the first step's": (FORWARD, "last = walk_.reverse ? 0 : t - 1", "last = 0"),
     "packing drops the last unit of a part panel": (
         PANEL,
-        "u0 + u < valid && k < k_size ? from",
-        "u0 + u < valid - (valid != Shape::units) && k < k_size ? from",
+        "if (i >= rows_there) continue;",
+        "if (i + 1 >= rows_there) continue;",
+    ),
+    "packing drops the last number of a part vector": (
+        PANEL,
+        "rows[i] = V::load(row, numbers);",
+        "rows[i] = V::load(row, numbers - 1);",
     ),
     "a part panel that is packed straight loses its last unit": (
         PANEL,

@@ -87,6 +87,34 @@ FASTSEQ_INLINE void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_
   for (int i = 0; i < V::size; ++i) __builtin_memcpy(to + i * ld_to, &rows[i].v, sizeof rows[i].v);
 }
 
+// The same of fewer rows, of fewer numbers each, zero past them; so many rows of `to` are written.
+template <class T>
+void transpose_part(const T* from, int64_t ld_from, int64_t rows_there, int64_t numbers, T* to, int64_t ld_to,
+                    int64_t rows_wanted) {
+  using V = Vec<Compute<T>>;
+  constexpr int64_t all = sizeof(V) / sizeof(T);
+  V rows[V::size];
+#pragma GCC unroll 16
+  for (int i = 0; i < V::size; ++i) {
+    rows[i] = V(0);
+    if (i >= rows_there) continue;
+    const T* const row = from + i * ld_from;
+    if (numbers >= all) {
+      __builtin_memcpy(&rows[i].v, row, sizeof rows[i].v);
+    } else if constexpr (all == V::size) {
+      rows[i] = V::load(row, numbers);
+    } else {
+      T line[all] = {};
+      memcpy(line, row, numbers * sizeof(T));
+      __builtin_memcpy(&rows[i].v, line, sizeof line);
+    }
+  }
+  swap_blocks<1>(rows, typename CountLanes<V::size>::type{});
+#pragma GCC unroll 16
+  for (int i = 0; i < V::size; ++i)
+    if (i < rows_wanted) __builtin_memcpy(to + i * ld_to, &rows[i].v, sizeof rows[i].v);
+}
+
 // Where the panel keeps (k, u), u a lane of some vector.
 template <class Shape>
 FASTSEQ_INLINE int64_t panel_place(int64_t k, int64_t u) {
@@ -108,14 +136,12 @@ void pack_transposed(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t 
     for (int64_t g = 0; g < Gates; ++g) {
       for (int64_t u0 = 0; u0 < Shape::units; u0 += V) {
         const T* from = w + (g * n + first + u0) * ld;
-        const int64_t lane0 = g * Shape::units + u0;
+        T* const to = panel + panel_place<Shape>(k0, g * Shape::units + u0);
         if (u0 + V <= valid && k0 + V * count <= k_size) {
-          transpose(from + k0, ld, panel + panel_place<Shape>(k0, lane0), Shape::step);
-          continue;
+          transpose(from + k0, ld, to, Shape::step);
+        } else {
+          transpose_part(from + k0, ld, valid - u0, k_size - k0, to, Shape::step, (k1 - k0) / count);
         }
-        for (int64_t u = 0; u < V; ++u)
-          for (int64_t k = k0; k < k1; ++k)
-            panel[panel_place<Shape>(k, lane0 + u)] = u0 + u < valid && k < k_size ? from[u * ld + k] : T{};
       }
     }
   }
