@@ -440,6 +440,13 @@ def test_results_are_compared_array_by_array():
     assert problem.difference(ours, {"output": ours["output"]}) == (math.inf, "d_x")
 
 
+def test_gradients_of_attention_that_are_nothing_but_rounding_are_measured_by_dv():
+    ours = {name: np.full(2, size, dtype=np.float32) for name, size in (("d_q", 1e-8), ("d_k", 4.0), ("d_v", 2.0))}
+    assert problem.difference(ours, {**ours, "d_q": -ours["d_q"]}) == (pytest.approx(1e-8), "d_q")
+    assert problem.difference(ours, {**ours, "d_q": ours["d_q"] + np.float32(1)}) == (pytest.approx(0.5), "d_q")
+    assert problem.difference(ours, {**ours, "d_k": ours["d_k"] + np.float32(1)}) == (pytest.approx(0.25), "d_k")
+
+
 def test_outputs_in_bfloat16_are_held_closer_than_gradients():
     ones = {"output": np.ones(2, dtype=np.float32), "d_x": np.ones(2, dtype=np.float32)}
     assert problem.disagreement("bfloat16", ones, {**ones, "d_x": ones["d_x"] + 0.1}) == (pytest.approx(0.1), None)
@@ -651,6 +658,7 @@ TINY += [
     AttentionPoint(form, mode, "float32", 2, 3, 300, 300, 8) for form in grid.ATTENTION_FORMS for mode in grid.MODES
 ]
 TINY += [AttentionPoint("full", "inference", "float32", 1, 2, 1, 9000, 64, rotating=True)]
+TINY += [AttentionPoint("full", "training", "float32", 1, 2, 1, 1, 64)]  # d_q and d_k are zero but for rounding
 
 
 @pytest.mark.parametrize("name", peers.PEERS)

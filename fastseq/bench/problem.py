@@ -107,8 +107,13 @@ def disagreement(dtype: str, ours: dict[str, Array], theirs: dict[str, Array]) -
 def difference(ours: dict[str, Array], theirs: dict[str, Array]) -> tuple[float, str]:
     """The largest difference of any array, relative to the largest number of ours, and the name of that array.
 
-    A number that is not finite, an array of another shape, one missing or one too many is a difference of infinity.
+    Of attention, d_q and d_k are measured by d_v, too, where it is larger: of a single key they are zero but for
+    rounding. A number that is not finite, an array of another shape, one missing or one too many is a difference of
+    infinity.
     """
+    sizes = {name: float(np.abs(array).max(initial=0.0)) for name, array in ours.items()}
+    for name in {"d_q", "d_k"} & sizes.keys():
+        sizes[name] = max(sizes[name], sizes.get("d_v", 0.0))
     for name in ours.keys() ^ theirs.keys():
         return float("inf"), name
     worst = (0.0, "output")
@@ -116,6 +121,5 @@ def difference(ours: dict[str, Array], theirs: dict[str, Array]) -> tuple[float,
         array = theirs[name]
         if reference.shape != array.shape or not np.isfinite(array).all():
             return float("inf"), name
-        scale = float(np.abs(reference).max(initial=0.0)) or 1.0
-        worst = max(worst, (float(np.abs(array - reference).max(initial=0.0)) / scale, name))
+        worst = max(worst, (float(np.abs(array - reference).max(initial=0.0)) / (sizes[name] or 1.0), name))
     return worst
