@@ -236,27 +236,29 @@ double score_factor(const Attention<T, A>& p) {
 template <class T>
 constexpr bool kScaledKeys = sizeof(Factor<T>) == sizeof(Compute<T>);
 
-// Panel j of rows (n, size), transposed and, where they are of the type that is computed in, times a factor. scratch: a
-// panel's numbers, for another type.
+// Panel j of rows (n, size), transposed and, where they are of the type that is computed in, times a factor; of the
+// last one the vectors that have a row. scratch: a panel's numbers, for another type.
 template <class T>
 void pack_scores_panel(const T* rows, int64_t stride, int64_t n, int64_t size, int64_t j, Compute<T> factor,
                        Compute<T>* scratch, Factor<T>* panel) {
   using A = Compute<T>;
   using V = Vec<A>;
   using Shape = PanelShape<Factor<T>, 1>;
+  const int64_t first = j * Shape::units, here = n - first < Shape::units ? n - first : Shape::units;
+  const int64_t lanes = whole_vectors<T>(here);
   if constexpr (sizeof(T) == sizeof(Factor<T>)) {
     (void)scratch;
-    pack_transposed<1>(rows, stride, n, size, j, panel);
+    pack_transposed<1>(rows, stride, n, size, j, panel, lanes);
   } else {
-    const int64_t first = j * Shape::units, here = n - first < Shape::units ? n - first : Shape::units;
     for (int64_t i = 0; i < here; ++i)
       for (int64_t k = 0; k < size; k += V::size)
         V::load(rows + (first + i) * stride + k, size - k).store(scratch + i * size + k, size - k);
-    pack_transposed<1>(scratch, size, here, size, 0, panel);
+    pack_transposed<1>(scratch, size, here, size, 0, panel, lanes);
   }
   if constexpr (kScaledKeys<T>)
     if (factor != 1)
-      for (int64_t i = 0; i < size * Shape::width; i += V::size) (V::load(panel + i) * V(factor)).store(panel + i);
+      for (int64_t k = 0; k < size; ++k, panel += Shape::step)
+        for (int64_t u = 0; u < lanes; u += V::size) (V::load(panel + u) * V(factor)).store(panel + u);
 }
 
 // The keys that rows [i0, i1) of the queries see, and of those each row for itself, relative to a block of keys.

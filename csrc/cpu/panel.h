@@ -123,9 +123,10 @@ FASTSEQ_INLINE int64_t panel_place(int64_t k, int64_t u) {
 }
 
 // w is (Gates*n, K) row-major, ld numbers between rows, the product is a W^T: panel j, k, gate g, lane u =
-// w[g*n + j*units + u][k]; zero past n and past K.
+// w[g*n + j*units + u][k]; zero past n and past K. lanes: of each gate, whole vectors, where nobody reads the others.
 template <int Gates, class T>
-void pack_transposed(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j, T* panel) {
+void pack_transposed(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t j, T* panel,
+                     int64_t lanes = PanelShape<T, Gates>::units) {
   using Shape = PanelShape<T, Gates>;
   constexpr int64_t V = Shape::V::size, count = Terms<T>::count;
   const int64_t first = j * Shape::units;
@@ -134,7 +135,7 @@ void pack_transposed(const T* w, int64_t ld, int64_t n, int64_t k_size, int64_t 
   for (int64_t k0 = 0; k0 < padded; k0 += V * count) {  // whole cache lines of the panel at a time
     const int64_t k1 = k0 + V * count < padded ? k0 + V * count : padded;
     for (int64_t g = 0; g < Gates; ++g) {
-      for (int64_t u0 = 0; u0 < Shape::units; u0 += V) {
+      for (int64_t u0 = 0; u0 < lanes; u0 += V) {
         const T* from = w + (g * n + first + u0) * ld;
         T* const to = panel + panel_place<Shape>(k0, g * Shape::units + u0);
         if (u0 + V <= valid && k0 + V * count <= k_size) {
