@@ -155,6 +155,15 @@ def test_no_keys_give_zeros():
     assert torch.equal(torch.autograd.grad(out.sum(), q)[0], torch.zeros_like(q))
 
 
+def test_no_heads_give_nothing():
+    q = torch.randn(64, 0, 100, 64, requires_grad=True)
+    k, v = (torch.randn(64, 8, 100, 64, requires_grad=True) for _ in range(2))  # as many as are asked for ahead
+    out = sdpa(q, k, v, enable_gqa=True)
+    assert out.shape == q.shape
+    _, dk, dv = torch.autograd.grad(out.sum(), (q, k, v))
+    assert not dk.any() and not dv.any()
+
+
 def test_a_query_that_sees_nothing_gives_zeros_and_zero_gradients():
     tensors = [torch.randn(1, 2, 60, 8, requires_grad=True) for _ in range(3)]
     mask = torch.ones(60, 60, dtype=torch.bool)

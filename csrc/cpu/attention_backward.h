@@ -220,12 +220,13 @@ void attention_delta(const AttentionBackward<T, Compute<T>>& p, int64_t n, Compu
 }
 
 // Into how many parts, each with a dQ of its own, the keys of a head are cut: few heads leave threads without work.
-// Where they are fewer than the most parts, parts may be smaller than a block of keys, which costs a thread a
-// twentieth and gives a second one something to do.
+// Where heads are fewer than the most parts, parts may be smaller than a block of keys: that costs a thread a
+// twentieth, and gives a second one something to do.
 constexpr int64_t kPartKeys = kDropoutKeys;
 static_assert(kPartKeys % kAmxTerms == 0, "parts begin where dropout's groups and whole tiles do");
+constexpr int64_t kMostParts = 4;
 inline int64_t gradient_parts(int64_t groups, int64_t keys) {
-  constexpr int64_t kGroupsEnough = 16, kMostParts = 4;
+  constexpr int64_t kGroupsEnough = 16;
   const auto least = [](int64_t a, int64_t b) { return a < b ? a : b; };
   const int64_t large = least(least((kGroupsEnough + groups - 1) / groups, kMostParts), keys / (2 * kGradientKeys));
   const int64_t small = least((kMostParts + groups - 1) / groups, keys / kPartKeys);
@@ -339,6 +340,8 @@ void attention_backward(const AttentionBackward<T, Compute<T>>& p) {
   const int64_t rows =
       p.ragged_queries.starts ? p.heads * p.ragged_queries.starts[p.batch] : p.batch * p.heads * p.queries;
   const int64_t parts = gradient_parts(groups, p.keys);
+  const int64_t unit =
+      p.keys / parts < 2 * kGradientKeys ? kPartKeys : kGradientKeys;  // of which parts are a whole number
   // Sums of dQ: in its place, or in memory of their own for each part.
   const bool in_place = parts == 1 && sizeof(T) == sizeof(A) && p.size % V::size == 0;
   Workspace<A> memory;
@@ -350,14 +353,18 @@ void attention_backward(const AttentionBackward<T, Compute<T>>& p) {
   };
   const bool asks = parts == 1 && HeadAhead<T, 5>::helps(p);
   parallel_tasks(p.threads, groups * parts, [&] {
-    return [worker = AttentionBackwardWorker<T>(p), &p, &sums_of, in_place, parts, asks, group, columns,
+    return [worker = AttentionBackwardWorker<T>(p), &p, &sums_of, in_place, parts, unit, asks, group, columns,
             rows](int64_t task) mutable {
       const int64_t b = task / parts / p.kv_heads, kv_head = task / parts % p.kv_heads;
       const auto mine = entry(p, b);
-      const Range blocks = part((mine.keys + kPartKeys - 1) / kPartKeys, task % parts, parts);
-      const int64_t end = blocks.end * kPartKeys < mine.keys ? blocks.end * kPartKeys : mine.keys;
+      // Of causal attention the first keys are seen by most queries, and neighbours are mostly one thread's: of four
+      // parts the first and the last, and those between.
+      constexpr int64_t order[kMostParts] = {0, 3, 1, 2};
+      const int64_t which = parts == kMostParts ? order[task % parts] : task % parts;
+      const Range blocks = part((mine.keys + unit - 1) / unit, which, parts);
+      const int64_t end = blocks.end * unit < mine.keys ? blocks.end * unit : mine.keys;
       Heads<A> dq = sums_of(mine, b);
-      move(dq.data, task % parts * rows * columns);
+      move(dq.data, which * rows * columns);
       if constexpr (sizeof(T) == sizeof(A)) {
         if (in_place) {
           dq = mine.dq;
@@ -367,7 +374,7 @@ void attention_backward(const AttentionBackward<T, Compute<T>>& p) {
       }
       const int64_t next = task + 1;
       if (asks && next < p.batch * p.kv_heads) worker.ask_for(entry(p, next / p.kv_heads), next % p.kv_heads);
-      worker.run(mine, kv_head, blocks.begin * kPartKeys, end, dq);
+      worker.run(mine, kv_head, blocks.begin * unit, end, dq);
     };
   });
   if (in_place) return;

@@ -75,7 +75,7 @@ class HeadAhead {
   static bool helps(const Attention<T, Compute<T>>& p) {
     const int64_t group = p.heads / p.kv_heads,
                   bytes = (group * p.queries * p.size + p.keys * (p.size + p.value_size)) * sizeof(T);
-    return bytes <= kBytesOfSmallHead && bytes * p.batch * p.kv_heads >= kBytesOfMany;
+    return group > 0 && bytes <= kBytesOfSmallHead && bytes * p.batch * p.kv_heads >= kBytesOfMany;
   }
 
  private:
